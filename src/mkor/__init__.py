@@ -1,0 +1,1 @@
+"""MKOR: curvature for any PyTorch optimizer, from a few vectors per step."""

@@ -1,0 +1,1 @@
+"""Benchmarks: races, overhead and coverage, through the public API only."""
