@@ -1,0 +1,33 @@
+"""One thread, one seed, reproducible examples: a failure here fails everywhere."""
+
+import gc
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "stable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("stable")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_torch():
+    """Every test starts from the same seed and leaves no default dtype or compiled code behind."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    gc.collect()

@@ -1,0 +1,99 @@
+"""Rows taken from a running model by hooks of our own, and parameters as matrices."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+import oracles
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Recorder:
+    """Keeps every call of every layer, in the order in which the backward pass meets them."""
+
+    def __init__(self, model: nn.Module):
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, KINDS)}
+        self.calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for name, module in self.layers.items():
+            module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name):
+        def forward_hook(_module, inputs, output):
+            x = inputs[0].detach().clone()
+            if output.requires_grad:
+                output.register_hook(lambda g: self.calls[name].append((x, g.detach().clone())))
+
+        return forward_hook
+
+    def take(self) -> dict[str, list[list[oracles.Call]]]:
+        """Calls since the last time: for each layer, for each group, a list of calls."""
+        taken = {}
+        for name, calls in self.calls.items():
+            layer = self.layers[name]
+            if isinstance(layer, nn.Linear):
+                taken[name] = [[oracles.linear_call(x, g) for x, g in calls]]
+            else:
+                by_call = [oracles.conv_calls(layer, x, g) for x, g in calls]
+                taken[name] = [list(group) for group in zip(*by_call, strict=True)]
+        self.calls.clear()
+        return taken
+
+
+def matrices(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None):
+    """``M`` of each group: ``[groups, d_out, d_in (+ 1)]``, in float64."""
+    groups = getattr(layer, "groups", 1)
+    M = weight.detach().double().flatten(1)
+    if bias is not None:
+        M = torch.cat([M, bias.detach().double()[:, None]], dim=1)
+    return M.reshape(groups, M.shape[0] // groups, M.shape[1])
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of each layer as matrices, as it stands in ``p.grad`` now."""
+    return {
+        name: matrices(m, m.weight.grad, None if m.bias is None else m.bias.grad).clone()
+        for name, m in model.named_modules()
+        if isinstance(m, KINDS) and m.weight.grad is not None
+    }
+
+
+class Twin:
+    """The naive optimizer: layer by layer, from the whole history of recorded rows."""
+
+    def __init__(self, model: nn.Module, *, update_every: int = 1, rows: str | None = None, **how):
+        self.recorder = Recorder(model)
+        self.update_every, self.rows, self.steps = update_every, rows, 0
+        self.layers = {
+            name: [
+                oracles.TwinLayer(bias=layer.bias is not None, **how)
+                for _ in range(getattr(layer, "groups", 1))
+            ]
+            for name, layer in self.recorder.layers.items()
+        }
+
+    def step(self, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Preconditions ``raw`` gradients with the rows recorded since the last step."""
+        calls = self.recorder.take()
+        updating = self.steps % self.update_every == 0
+        self.steps += 1
+        if updating:
+            for name, groups in calls.items():
+                for twin, group in zip(self.layers[name], groups, strict=True):
+                    twin.update(oracles.in_runs(group) if self.rows == "runs" else group)
+        return {
+            name: self._precondition(name, M)
+            if name in calls or not updating
+            else M  # a layer that saw no data in this step
+            for name, M in raw.items()
+        }
+
+    def _precondition(self, name: str, M: torch.Tensor) -> torch.Tensor:
+        if not self.layers[name][0].history:
+            return M
+        return torch.stack(
+            [twin.precondition(m) for twin, m in zip(self.layers[name], M, strict=True)]
+        )
