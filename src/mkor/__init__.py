@@ -1,1 +1,39 @@
-"""MKOR: curvature for any PyTorch optimizer, from a few vectors per step."""
+"""MKOR: second-order training for the price of first order, over any PyTorch optimizer.
+
+``MKOR(model, optimizer)`` wraps the optimizer you already use; see :class:`mkor.MKOR`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mkor.combined import Combined
+    from mkor.coverage import Coverage, CoverageRow
+    from mkor.curvature.window import Window
+    from mkor.optimizers import MKOR
+    from mkor.preconditioned import Preconditioned
+
+__version__ = "0.1.0"
+__all__ = ["MKOR", "Combined", "Coverage", "CoverageRow", "Preconditioned", "Window"]
+
+_HOMES = {
+    "MKOR": "mkor.optimizers",
+    "Combined": "mkor.combined",
+    "Coverage": "mkor.coverage",
+    "CoverageRow": "mkor.coverage",
+    "Preconditioned": "mkor.preconditioned",
+    "Window": "mkor.curvature.window",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command line must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mkor' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,262 @@
+"""Layers of one shape, handled as one batch: their buffers, their state, their step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mkor import linalg
+from mkor.capture import META, Gate, Site
+from mkor.curvature.contract import SIDES, BatchShape, Curvature, Statistics
+from mkor.selection import Layer
+
+__all__ = ["Batch", "allocate"]
+
+STACK_BELOW = 1 << 16
+"""Weights with fewer entries share one batched product; larger ones would only be copied for it."""
+
+
+@dataclass
+class _Gradients:
+    """The gradients of some layers of a batch, and which layers these are."""
+
+    where: slice | list[int]
+    layers: list[Layer]
+    W: Tensor
+    b: Tensor | None
+
+
+class Batch:
+    """Layers of one shape on one device.
+
+    Args:
+        layers: The layers.
+        shape: Their common shape.
+        curvature: Their kind of factor.
+        sums: ``a [B, k, d_in]``, ``g [B, k, d_out]`` and ``meta [B, 3 + k]``, views into the flat
+            buffer; a side that is not used has width 0.
+        update: 0-dim tensor on the same device, the number of updates so far.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        shape: BatchShape,
+        curvature: Curvature,
+        sums: tuple[Tensor, Tensor, Tensor],
+        update: Tensor,
+    ) -> None:
+        B = len(layers)
+        self.layers = list(layers)
+        self.shape = shape
+        self.curvature = curvature
+        self.tick = update
+        self.a, self.g, self.meta = sums
+        self.sites = [
+            Site(layer.kind, self.a[i], self.g[i], self.meta[i], update)
+            for i, layer in enumerate(layers)
+        ]
+        self.skipped = [False] * B
+        self.state = curvature.init(shape)
+        self.state["norms"] = torch.zeros(B, 2, dtype=shape.dtype, device=shape.device)
+        self.state["output"] = torch.full((B,), -1, dtype=torch.int8, device=shape.device)
+        self.seen = torch.zeros(B, dtype=torch.bool, device=shape.device)
+        self.finite = torch.ones_like(self.seen)
+        # Rows: norm of the raw and of the preconditioned gradient, their inner product.
+        self.last = torch.zeros(3, B, dtype=shape.dtype, device=shape.device)
+        # Rows: updates refused for non-finite statistics, gradients passed raw for the same reason.
+        self.refused = torch.zeros(2, B, dtype=torch.int64, device=shape.device)
+
+    def measure(self) -> Tensor:
+        """Norms of the raw gradients, and whether this step's statistics and gradients are finite.
+
+        Returns:
+            Whether any layer's are not, a 0-dim tensor.
+        """
+        pairs = [
+            (None, None) if skipped else layer.gradients
+            for layer, skipped in zip(self.layers, self.skipped, strict=True)
+        ]
+        raw = torch.hypot(self._norms([W for W, _ in pairs]), self._norms([b for _, b in pairs]))
+        self.last[0] = raw
+        self.seen = self.meta[:, META:].sum(1) > 0
+        self.finite = (self.meta[:, :2].sum(1) + raw).isfinite()
+        return ~self.finite.all()
+
+    def _norms(self, gradients: list[Tensor | None]) -> Tensor:
+        present = [gradient for gradient in gradients if gradient is not None]
+        zero = self.last.new_zeros(())
+        norms = iter(torch._foreach_norm(present, 2, zero.dtype) if present else ())
+        return torch.stack([zero if g is None else next(norms) for g in gradients])
+
+    def update(self, refuse: Tensor, scale: float | Tensor) -> None:
+        """Give this step's statistics to the curvature.
+
+        Args:
+            refuse: 0-dim, whether the step's batch is bad and nothing is learned from it.
+            scale: What raw ``g`` is multiplied with beside the number of rows.
+        """
+        counts = self.meta[:, META:]
+        rows = counts.clamp(min=1).unsqueeze(-1)
+        used = counts.sum(1).clamp(min=1)
+        g_scale = self.meta[:, 2] * scale
+        vectors, mean_square = {}, {}
+        if "left" in self.shape.sides:
+            vectors["left"] = self.g * g_scale.view(-1, 1, 1) / rows
+            mean_square["left"] = self.meta[:, 1] * g_scale.square() / (used * self.shape.d_out)
+        if "right" in self.shape.sides:
+            vectors["right"] = self.a / rows
+            width = self.shape.d_in + self.shape.bias
+            ones = used if self.shape.bias else 0.0
+            mean_square["right"] = (self.meta[:, 0] + ones) / (used * width)
+        accept = self.seen & ~refuse
+        self.curvature.update(self.state, Statistics(vectors, mean_square, counts > 0, accept))
+        self.refused[0] += self.seen & refuse
+
+    def precondition(self, due: bool, rescale: str | None) -> None:
+        """Replace the layers' gradients by ``L^-1 M R^-1``, rescaled, in place.
+
+        Args:
+            due: Whether this step has statistics of its own; layers without any pass through then.
+            rescale: ``"running"``, ``"step"`` or None.
+        """
+        use = self.state["updates"] > 0
+        if due:
+            use = use & self.seen & self.finite
+        prepared = None
+        for part in self._gradients():
+            prepared = prepared or self.curvature.prepare(self.state, self.shape)
+            rows = {key: tensor[part.where] for key, tensor in prepared.items()}
+            P, p = self.curvature.apply(rows, part.W, part.b)
+            raw, norm = self.last[0, part.where], linalg.joint_norm(P, p)
+            keep = use[part.where] & norm.isfinite() & raw.isfinite()
+            ratio = self._ratio(part.where, raw, norm, keep, rescale)
+            self.last[1, part.where] = torch.where(keep, norm, raw)
+            product = linalg.inner(part.W, part.b, P, p)
+            self.last[2, part.where] = torch.where(keep, product, raw.square())
+            self.refused[1, part.where] += use[part.where] & ~keep
+            for i, layer in enumerate(part.layers):
+                _write(layer.weight, P[i].mul_(ratio[i]), keep[i])
+                if p is not None and layer.bias is not None:
+                    _write(layer.bias, p[i].mul_(ratio[i]), keep[i])
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Figures of the last step, by layer; synchronises the device.
+
+        Returns:
+            For each layer that is preconditioned, names and numbers.
+        """
+        raw, norm, product = self.last.tolist()
+        refused = self.refused.tolist()
+        extra = {k: v.tolist() for k, v in self.curvature.figures(self.state, self.shape).items()}
+        return {
+            layer.name: {
+                "cosine": product[i] / (raw[i] * norm[i]) if raw[i] * norm[i] else 1.0,
+                "norm_ratio": norm[i] / raw[i] if raw[i] else 1.0,
+                "refused_updates": float(refused[0][i]),
+                "raw_gradients": float(refused[1][i]),
+                **{key: values[i] for key, values in extra.items()},
+            }
+            for i, layer in enumerate(self.layers)
+            if not self.skipped[i]
+        }
+
+    def _ratio(
+        self, where: slice | list[int], raw: Tensor, norm: Tensor, keep: Tensor, rescale: str | None
+    ) -> Tensor:
+        norms = self.state["norms"]
+        old = norms[where]
+        moved = linalg.momentum_average(old, torch.stack((raw, norm), 1), self.curvature.momentum)
+        moved = torch.where(keep.unsqueeze(1), moved, old)
+        norms[where] = moved
+        if rescale is None:
+            return torch.ones_like(raw)
+        if rescale == "running":
+            raw, norm = moved.unbind(1)
+        return linalg.norm_ratio(raw, norm)
+
+    def _gradients(self) -> Iterator[_Gradients]:
+        ready = [
+            i
+            for i, layer in enumerate(self.layers)
+            if not self.skipped[i] and layer.gradients[0] is not None
+        ]
+        small = self.shape.d_out * self.shape.d_in < STACK_BELOW
+        for run in [ready] if small and ready else [[i] for i in ready]:
+            layers = [self.layers[i] for i in run]
+            weights, biases = zip(*(layer.gradients for layer in layers), strict=True)
+            where = slice(run[0], run[-1] + 1) if run[-1] - run[0] + 1 == len(run) else run
+            size = (self.shape.d_out, self.shape.d_in)
+            b = None if all(bias is None for bias in biases) else self._stack(biases, size[:1])
+            yield _Gradients(where, layers, self._stack(weights, size), b)
+
+    def _stack(self, gradients: Sequence[Tensor | None], size: tuple[int, ...]) -> Tensor:
+        rows = [
+            self.last.new_zeros(size) if g is None else g.reshape(size).to(self.last.dtype)
+            for g in gradients
+        ]
+        return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+
+
+def _write(parameter: Tensor, new: Tensor, keep: Tensor) -> None:
+    grad = parameter.grad
+    if grad is None:
+        return
+    new = new.view(grad.shape)
+    if new.dtype == grad.dtype:
+        torch.where(keep, new, grad, out=grad)
+    else:
+        grad.copy_(torch.where(keep, new.to(grad.dtype), grad))
+
+
+def allocate(
+    layers: Sequence[Layer], curvature: Curvature, gate: Gate
+) -> tuple[list[Batch], list[Tensor]]:
+    """Group layers by shape and lay out their sums.
+
+    Args:
+        layers: The preconditioned layers, in the order of the model.
+        curvature: Their kind of factor.
+        gate: Says how many parts and which sides are captured.
+
+    Returns:
+        The batches, and one flat buffer per device and dtype with the sums of all its layers.
+    """
+    groups: dict[BatchShape, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(_shape(layer, gate), []).append(layer)
+    batches, buffers = [], []
+    for place in dict.fromkeys((shape.device, shape.dtype) for shape in groups):
+        here = {s: group for s, group in groups.items() if (s.device, s.dtype) == place}
+        widths = {s: _widths(s, gate) for s in here}
+        size = sum(len(group) * sum(widths[s]) for s, group in here.items())
+        buffer = torch.zeros(size, dtype=place[1], device=place[0])
+        buffers.append(buffer)
+        update = torch.zeros((), dtype=torch.int64, device=place[0])
+        start = 0
+        for s, group in here.items():
+            sums = []
+            for width in widths[s]:
+                sums.append(buffer[start : start + len(group) * width].view(len(group), width))
+                start += len(group) * width
+            a, g, meta = sums
+            views = (a.unflatten(1, (gate.vectors, -1)), g.unflatten(1, (gate.vectors, -1)), meta)
+            shape = BatchShape(len(group), s.d_out, s.d_in, s.bias, s.sides, s.dtype, s.device)
+            batches.append(Batch(group, shape, curvature, views, update))
+    return batches, buffers
+
+
+def _shape(layer: Layer, gate: Gate) -> BatchShape:
+    weight = layer.weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    sides = tuple(side for side in SIDES if getattr(gate, side))
+    kind = layer.kind
+    return BatchShape(0, kind.d_out, kind.d_in, layer.bias is not None, sides, dtype, weight.device)
+
+
+def _widths(shape: BatchShape, gate: Gate) -> tuple[int, int, int]:
+    k = gate.vectors
+    return k * shape.d_in * gate.right, k * shape.d_out * gate.left, META + k

@@ -1,0 +1,279 @@
+"""Hooks: from a running model to sums of a few vectors per layer.
+
+A forward hook sums the chosen rows of a layer's input; when the gradient of that call's output
+arrives, both sides are added to the layer's slots. Adding in the backward pass only means that
+evaluation, recomputation under checkpointing and Lightning's late ``zero_grad`` all count rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mkor.layers import LayerKind, PartSums, Pick
+from mkor.output_layer import OutputSearch
+from mkor.profiling import span
+
+__all__ = ["META", "ForwardHook", "Gate", "Passes", "Site"]
+
+META = 3
+"""Numbers that lead a layer's counts: squares of ``a``, squares of ``g``, rows of the whole step."""
+
+
+class Passes:
+    """Counts a step's backward passes, which are its micro-batches, by when gradients arrive."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Hashable, int] = {}
+
+    @property
+    def most(self) -> int:
+        """Passes through the layer that saw most; an expert without tokens sees fewer."""
+        return max(self._counts.values(), default=0)
+
+    def counter(self, key: Hashable, gate: Gate) -> Callable[[Tensor], None]:
+        """A hook for a weight's accumulated gradient.
+
+        Args:
+            key: Of the weight.
+            gate: Says whether passes count.
+
+        Returns:
+            The hook.
+        """
+
+        def count(_: Tensor) -> None:
+            if gate.open:
+                self._counts[key] = self._counts.get(key, 0) + 1
+
+        return count
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self._counts.clear()
+
+
+@dataclass(eq=False)
+class Gate:
+    """What all hooks of one optimizer share.
+
+    Attributes:
+        vectors: Parts per call, ``k``.
+        rows: Rows per part and call; None for all.
+        left: Whether ``g`` is captured.
+        right: Whether ``a`` is captured.
+        open: Whether passes count at present.
+        update: Number of updates so far, which moves the chunks of rows.
+        search: The search for the output layers while it is on.
+        calls: Captured calls of layers since the last step, not counting compiled ones.
+        passes: Backward passes since the last step.
+    """
+
+    vectors: int
+    rows: int | None
+    left: bool
+    right: bool
+    open: bool = True
+    update: int = 0
+    search: OutputSearch | None = None
+    calls: int = 0
+    passes: Passes = field(default_factory=Passes)
+    _paused: int = field(default=0, repr=False)
+    _wanted: bool = field(default=True, repr=False)
+
+    def want(self, wanted: bool) -> None:
+        """Say whether the coming passes belong to an update.
+
+        Args:
+            wanted: False between updates.
+        """
+        self._wanted = wanted
+        self.open = wanted and not self._paused
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self.calls = 0
+        self.passes.forget()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Passes inside the context do not count.
+
+        Yields:
+            Nothing.
+        """
+        self._paused += 1
+        self.open = False
+        try:
+            yield
+        finally:
+            self._paused -= 1
+            self.want(self._wanted)
+
+
+@dataclass(eq=False)
+class Site:
+    """Where one layer's sums go: views into the flat buffer.
+
+    Attributes:
+        kind: How the layer reads as a matrix product.
+        a: ``[k, d_in]``, sums of inputs.
+        g: ``[k, d_out]``, sums of raw output gradients.
+        meta: ``[3 + k]``: sum of squares of ``a`` and of ``g``, rows of the step, rows per part.
+        update: 0-dim tensor, the number of updates so far, for compiled code.
+    """
+
+    kind: LayerKind
+    a: Tensor
+    g: Tensor
+    meta: Tensor
+    update: Tensor
+
+    def add(self, a: PartSums | None, g: PartSums | None) -> None:
+        """Add one call's sums.
+
+        Args:
+            a: Of the inputs; None where that side is not captured.
+            g: Of the output gradients.
+        """
+        if a is not None:
+            self.a.add_(a.vectors)
+            self.meta[0].add_(a.square)
+        if g is not None:
+            self.g.add_(g.vectors)
+            self.meta[1].add_(g.square)
+        rows = a or g
+        if rows is None:
+            return
+        self.meta[2].add_(rows.total)
+        if min(rows.counts) == max(rows.counts):
+            self.meta[META:].add_(rows.counts[0])
+        else:
+            for part, count in enumerate(rows.counts):
+                self.meta[META + part].add_(count)
+
+
+class _Tap(torch.autograd.Function):
+    """Compiled capture: passes the output on and adds to preallocated tensors in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, site: Site, gate: Gate, a: PartSums | None) -> Tensor:
+        ctx.site, ctx.gate = site, gate
+        ctx.save_for_backward(*(() if a is None else (a.vectors, a.square)))
+        ctx.rows = None if a is None else (a.counts, a.total)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        gate, site = ctx.gate, ctx.site
+        a = PartSums(*ctx.saved_tensors, *ctx.rows) if gate.right else None
+        pick = Pick(gate.vectors, gate.rows, site.update)
+        site.add(a, site.kind.output_sums(grad.detach(), pick) if gate.left else None)
+        return grad, None, None, None
+
+
+class ForwardHook:
+    """A module's forward hook; inert once copied or pickled with the model.
+
+    Args:
+        gate: Shared by all hooks of the optimizer.
+        key: Identifies the layer's weight in the search for output layers.
+        site: Where the sums go; None for a layer that is only watched during that search.
+    """
+
+    def __init__(self, gate: Gate, key: Hashable, site: Site | None) -> None:
+        self.gate = gate
+        self.key = key
+        self.site = site
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        """Sum the input's rows and wait for the gradient.
+
+        Args:
+            module: The layer.
+            args: Its positional inputs.
+            kwargs: Its keyword inputs.
+            output: What it returned.
+
+        Returns:
+            None, or in compiled code the output passed through.
+        """
+        gate = self.gate
+        if not gate.open or not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else kwargs.get("input")
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
+            return None
+        if x.numel() == 0:
+            return None
+        if torch.compiler.is_compiling():
+            return self._compiled(module, x, output)
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            self._eager(module, x, output)
+        return None
+
+    def _eager(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        gate, site = self.gate, self.site
+        search = gate.search
+        if search is not None:
+            search.forward(self.key, x, output)
+            output.register_hook(lambda _: search.backward(self.key))
+        if site is None or not _trains(module):
+            return
+        pick = Pick(gate.vectors, gate.rows, gate.update)
+        with span("mkor.capture"):
+            a = site.kind.input_sums(x.detach(), pick) if gate.right else None
+        output.register_hook(_GradientHook(gate, site, pick, a))
+
+    def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
+        gate, site = self.gate, self.site
+        if site is None or not _trains(module):
+            return None
+        pick = Pick(gate.vectors, gate.rows, site.update)
+        a = site.kind.input_sums(x.detach(), pick) if gate.right else None
+        tapped: Tensor = _Tap.apply(output, site, gate, a)
+        return tapped
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+
+class _GradientHook:
+    """Adds both sides of one call when the gradient of its output arrives."""
+
+    __slots__ = ("a", "gate", "pick", "site")
+
+    def __init__(self, gate: Gate, site: Site, pick: Pick, a: PartSums | None) -> None:
+        self.gate, self.site, self.pick, self.a = gate, site, pick, a
+
+    def __call__(self, grad: Tensor) -> None:
+        if not self.gate.open:
+            return
+        with torch.no_grad(), span("mkor.capture"):
+            kind = self.site.kind
+            g = kind.output_sums(grad.detach(), self.pick) if self.gate.left else None
+            self.site.add(self.a, g)
+        self.gate.calls += 1
+
+
+def _trains(module: nn.Module) -> bool:
+    weight = module.weight
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _inert(*args: Any) -> None:
+    """A hook that does nothing."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert

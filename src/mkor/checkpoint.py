@@ -1,0 +1,179 @@
+"""The wrapper's own entries in ``optimizer.state``: put in, taken out, saved and loaded.
+
+Every parameter of the optimizer has ``mkor_counters``; weights that have factors have one entry per
+tensor of their state besides. All are views into the batches' buffers, so loading copies into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mkor.batches import Batch
+
+__all__ = ["PREFIX", "VERSION", "Entries", "counters", "read_counters", "split"]
+
+PREFIX = "mkor_"
+VERSION = 1
+_FIELDS = ("version", "steps", "updates", "passes")
+
+
+def counters() -> Tensor:
+    """What every parameter's entry holds.
+
+    Returns:
+        ``[4]`` int64 on the CPU: version of the format, steps, updates, micro-batches a step.
+    """
+    return torch.tensor([VERSION, 0, 0, 1])
+
+
+def read_counters(saved: Tensor) -> tuple[int, int, int]:
+    """Check a loaded entry.
+
+    Args:
+        saved: What :func:`counters` made.
+
+    Returns:
+        Steps, updates and micro-batches a step.
+
+    Raises:
+        ValueError: The checkpoint comes from a newer version.
+    """
+    if saved.numel() != len(_FIELDS):
+        raise ValueError(f"{PREFIX}counters has {saved.numel()} numbers, expected {len(_FIELDS)}")
+    version, steps, updates, passes = (int(value) for value in saved.tolist())
+    if version > VERSION:
+        raise ValueError(
+            f"the checkpoint has format {version}, this version of mkor reads up to {VERSION}: "
+            "update mkor to load it"
+        )
+    return steps, updates, passes
+
+
+class Entries:
+    """The wrapper's entries, by parameter.
+
+    Args:
+        batches: The layers with factors.
+        parameters: All parameters of the optimizer.
+        shared: The counters.
+    """
+
+    def __init__(self, batches: Iterable[Batch], parameters: Iterable[Tensor], shared: Tensor):
+        self.by_parameter: dict[Tensor, dict[str, Tensor]] = {
+            parameter: {PREFIX + "counters": shared} for parameter in parameters
+        }
+        for batch in batches:
+            for i, layer in enumerate(batch.layers):
+                for key, tensor in batch.state.items():
+                    self.by_parameter[layer.weight][PREFIX + key] = tensor[i]
+
+    def put(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Add the entries to an optimizer's state.
+
+        Args:
+            state: By parameter.
+        """
+        for parameter, entry in self.by_parameter.items():
+            state.setdefault(parameter, {}).update(entry)
+
+    def take(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Remove the entries again, and what they leave empty.
+
+        Args:
+            state: By parameter.
+        """
+        for parameter, entry in self.by_parameter.items():
+            present = state.get(parameter)
+            if present is None:
+                continue
+            for key in entry:
+                present.pop(key, None)
+            if not present:
+                del state[parameter]
+
+    def copy_from(
+        self, saved: Mapping[Tensor, Mapping[str, Any]], names: dict[Tensor, str]
+    ) -> None:
+        """Load factors.
+
+        Args:
+            saved: The wrapper's part of a checkpoint, by parameter.
+            names: Of parameters, for messages.
+
+        Raises:
+            ValueError: The checkpoint was written with other settings or for another model.
+        """
+        for parameter, entry in self.by_parameter.items():
+            other = saved.get(parameter, {})
+            mine, theirs = set(entry), set(other)
+            if not theirs - {PREFIX + "counters"}:
+                continue
+            name = names.get(parameter, "a parameter")
+            if mine != theirs:
+                raise ValueError(
+                    f"the checkpoint has other factors for {name}: it holds {sorted(theirs)}, this "
+                    f"optimizer {sorted(mine)}; build the optimizer with the settings (sides, skip, "
+                    "kind of curvature) that wrote it, or load the base's part alone"
+                )
+            for key in mine - {PREFIX + "counters"}:
+                if entry[key].shape != other[key].shape:
+                    raise ValueError(
+                        f"the checkpoint's {key} of {name} has shape {tuple(other[key].shape)}, this "
+                        f"optimizer's {tuple(entry[key].shape)}: build it with the rank that wrote it"
+                    )
+        for parameter, entry in self.by_parameter.items():
+            for key, tensor in saved.get(parameter, {}).items():
+                if key != PREFIX + "counters":
+                    entry[key].copy_(tensor)
+
+
+def split(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
+    """Separate the wrapper's entries of a checkpoint from the base optimizer's.
+
+    Args:
+        state_dict: As ``state_dict()`` makes it; parameters may be numbered or named.
+        groups: The parameter groups of the optimizer that loads it, in the same order.
+
+    Returns:
+        The base's state dict, and the wrapper's entries by parameter.
+    """
+    saved_keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    parameters = chain.from_iterable(group["params"] for group in groups)
+    owner = dict(zip(saved_keys, parameters, strict=False))
+    base_state: dict[Any, Any] = {}
+    own: dict[Tensor, dict[str, Any]] = {}
+    for key, entry in state_dict["state"].items():
+        if not isinstance(entry, Mapping):
+            base_state[key] = entry
+            continue
+        theirs = {k: v for k, v in entry.items() if not _is_own(k)}
+        mine = {k: v for k, v in entry.items() if _is_own(k)}
+        if theirs:
+            base_state[key] = theirs
+        if mine and key in owner:
+            own[owner[key]] = mine
+    return {**state_dict, "state": base_state}, own
+
+
+def _is_own(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(PREFIX)
+
+
+def all_parameters(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """Every parameter of some groups, in order.
+
+    Args:
+        groups: Parameter groups.
+
+    Yields:
+        Parameters.
+    """
+    for group in groups:
+        yield from group["params"]

@@ -1,0 +1,1 @@
+"""Curvatures: how a layer's statistics become a preconditioner."""

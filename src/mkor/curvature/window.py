@@ -1,0 +1,233 @@
+"""The window factor: the newest ``r`` statistics vectors of a side, inverted exactly (DESIGN 2.3).
+
+After ``t`` updates a side is ``S = lambda I + sum_i w_i v_i v_i^T`` over the window, with
+``w_i = (1-gamma) gamma^age / (k_i (1-gamma^t))``. Its inverse is ``(I - U^T U) / lambda`` with
+``U = C V`` and an ``r x r`` matrix ``C``; the constant ``1/lambda`` is dropped. The window is a ring
+buffer; its Gram matrix ``V V^T`` is kept up to date, so an update costs ``2 k r d`` operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mkor import linalg
+from mkor.curvature.contract import BatchShape, Statistics
+
+__all__ = ["Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Window factors.
+
+    State, per side: ``rows [B, r, d]`` (``v_i``), ``gram [B, r, r]`` (``V V^T``, without the ones of
+    a bias) and ``mean_square [B]`` (running, not bias-corrected). For both sides: ``weights [B, r]``
+    (``(1-gamma) gamma^age / k_i``), ``updates [B]`` (``t``), ``written [B]`` (vectors so far).
+
+    Attributes:
+        rank: Vectors per side, ``r``.
+        vectors: Vectors per update, ``k``, at most ``rank``.
+        rows: Rows averaged in a vector, ``m``; None for all rows.
+        momentum: Decay per update, ``gamma``, in (0, 1).
+        damping: ``lambda`` over the running mean square of a side's entries, positive.
+        factor_dtype: Of the stored vectors; None for float32, or float64 where the weight is.
+
+    Raises:
+        ValueError: A number is out of its range.
+        TypeError: A number or dtype has the wrong type.
+    """
+
+    rank: int = 64
+    vectors: int = 4
+    rows: int | None = 128
+    momentum: float = 0.95
+    damping: float = 0.03
+    factor_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "vectors", "rows"):
+            value = getattr(self, name)
+            if value is None and name == "rows":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.rank < self.vectors:
+            raise ValueError(
+                f"rank={self.rank} cannot hold the {self.vectors} vectors of one update: "
+                f"use rank >= {self.vectors} or fewer vectors"
+            )
+        for name, low, high in (("momentum", 0.0, 1.0), ("damping", 0.0, float("inf"))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not low < value < high:
+                bounds = (
+                    "positive and finite" if name == "damping" else "between 0 and 1, exclusive"
+                )
+                raise ValueError(f"{name} must be {bounds}, got {value}")
+        dtype = self.factor_dtype
+        if dtype is None:
+            return
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(
+                f"factor_dtype must be a floating-point torch.dtype such as torch.bfloat16 or None, "
+                f"got {dtype!r}"
+            )
+
+    def init(self, shape: BatchShape) -> dict[str, Tensor]:
+        """Allocate an empty window.
+
+        Args:
+            shape: Of the batch of layers.
+
+        Returns:
+            The state.
+        """
+        B, r = shape.layers, self.rank
+
+        def zeros(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=shape.device)
+
+        state = {
+            "updates": zeros(B, dtype=torch.int64),
+            "written": zeros(B, dtype=torch.int64),
+            "weights": zeros(B, r),
+        }
+        for side in shape.sides:
+            width = shape.width(side)
+            state[f"{side}_rows"] = zeros(B, r, width, dtype=self.factor_dtype or shape.dtype)
+            state[f"{side}_gram"] = zeros(B, r, r)
+            state[f"{side}_mean_square"] = zeros(B)
+        return state
+
+    def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
+        """Write the new vectors over the oldest and let the others age.
+
+        Args:
+            state: Changed in place; layers that do not accept stay as they are.
+            statistics: Of this update.
+        """
+        accept, k = statistics.accept, self.vectors
+        made = statistics.filled.sum(1)
+        # Filled slots first, in order; the rest of the k places is written back as it was.
+        order = (~statistics.filled).long().argsort(dim=1, stable=True)
+        slot = torch.arange(k, device=accept.device)
+        new = (slot < made.unsqueeze(1)) & accept.unsqueeze(1)
+        places = (state["written"].unsqueeze(1) + slot) % self.rank
+
+        weights = state["weights"]
+        aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
+        fresh = ((1.0 - self.momentum) / made.clamp(min=1)).to(aged.dtype).unsqueeze(1)
+        weights.copy_(aged.scatter(1, places, torch.where(new, fresh, aged.gather(1, places))))
+        for side, vectors in statistics.vectors.items():
+            ring, gram = state[f"{side}_rows"], state[f"{side}_gram"]
+            wide = places.unsqueeze(-1).expand(-1, -1, ring.shape[-1])
+            arrived = vectors.gather(1, order.unsqueeze(-1).expand_as(wide)).to(ring.dtype)
+            written = torch.where(new.unsqueeze(-1), arrived, ring.gather(1, wide))
+            ring.scatter_(1, wide, written)
+            products = ring.to(gram.dtype) @ written.to(gram.dtype).mT
+            columns = places.unsqueeze(1).expand_as(products)
+            products = torch.where(new.unsqueeze(1), products, gram.gather(2, columns))
+            gram.scatter_(2, columns, products).scatter_(1, columns.mT, products.mT)
+            average = state[f"{side}_mean_square"]
+            moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)
+            average.copy_(torch.where(accept, moved, average))
+        state["updates"] += accept
+        state["written"] += torch.where(accept, made, 0)
+
+    def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
+        """Whitened vectors ``U = C V`` of each side.
+
+        Args:
+            state: The windows.
+            shape: Of the batch of layers.
+
+        Returns:
+            ``left [B, r, d_out]``, ``right [B, r, d_in]`` and, for a bias, ``bias [B, r]``.
+        """
+        weights = linalg.age_weights(state["weights"], state["updates"], self.momentum)
+        prepared = {}
+        for side in shape.sides:
+            gram = state[f"{side}_gram"]
+            ones = shape.bias and side == "right"
+            C = linalg.whitening(gram + 1.0 if ones else gram, weights, self._damping(state, side))
+            prepared[side] = C @ state[f"{side}_rows"].to(C.dtype)
+            if ones:
+                prepared["bias"] = C.sum(-1)
+        return prepared
+
+    def apply(
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(I - U_L^T U_L) [W b] (I - U_R^T U_R)``.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, d_out, d_in]``, the weight's gradient.
+            b: ``[B, d_out]``, the bias's gradient, or None.
+
+        Returns:
+            New tensors shaped like ``W`` and ``b``.
+        """
+        if "left" in prepared:
+            W, b = linalg.precondition_left(prepared["left"], W, b)
+        if "right" in prepared:
+            U = prepared["right"]
+            u = prepared["bias"] if "bias" in prepared else U.new_zeros(U.shape[:-1])
+            W, b = linalg.precondition_right(U, u, W, b)
+        return W, b
+
+    def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
+        """Damping and effective rank of each side.
+
+        The effective rank ``||U||_F^2 = sum_i mu_i / (mu_i + lambda)`` counts the directions in
+        which the window's eigenvalues ``mu_i`` outweigh the damping.
+
+        Args:
+            state: The windows.
+            shape: Of the batch of layers.
+
+        Returns:
+            ``{side}_lambda`` and ``{side}_effective_rank``, each ``[B]``.
+        """
+        prepared = self.prepare(state, shape)
+        figures = {}
+        for side in shape.sides:
+            rank = prepared[side].square().sum((1, 2))
+            if side == "right" and "bias" in prepared:
+                rank = rank + prepared["bias"].square().sum(1)
+            figures[f"{side}_lambda"] = self._damping(state, side)
+            figures[f"{side}_effective_rank"] = rank
+        return figures
+
+    def kept(self, shape: BatchShape) -> int:
+        """Vectors kept per side.
+
+        Args:
+            shape: Of the batch of layers; any.
+
+        Returns:
+            The rank.
+        """
+        return self.rank
+
+    def cost(self, shape: BatchShape) -> int:
+        """Operations of preconditioning one layer: ``4 r d_out d_in`` per side.
+
+        Args:
+            shape: Of the batch of layers.
+
+        Returns:
+            The number of floating-point operations.
+        """
+        return 4 * self.rank * shape.d_out * (shape.d_in + shape.bias) * len(shape.sides)
+
+    def _damping(self, state: dict[str, Tensor], side: str) -> Tensor:
+        average = state[f"{side}_mean_square"]
+        steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
+        return self.damping * average / steps

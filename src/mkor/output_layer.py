@@ -1,0 +1,114 @@
+"""Finds the output layers: those with no other supported layer between them and the loss.
+
+Their mean gradient is the signal itself rather than noise to divide by, so they are left to the
+base optimizer. The search follows the autograd graph of the passes before the first step, and keeps
+nothing afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+__all__ = ["EagerUntilFound", "OutputSearch"]
+
+
+class OutputSearch:
+    """Which layers feed which, seen while forward and backward passes run.
+
+    Layers are identified by any hashable key, here the index of their weight.
+    """
+
+    def __init__(self) -> None:
+        self._producers: dict[Node, Hashable] = {}
+        self._fed: dict[Hashable, set[Hashable]] = {}
+        self._reached: set[Hashable] = set()
+        self._not_last: set[Hashable] = set()
+
+    def forward(self, layer: Hashable, x: Tensor, output: Tensor) -> None:
+        """Note that a layer ran.
+
+        Args:
+            layer: Its key.
+            x: Its input.
+            output: What it returned.
+        """
+        for producer in self._upstream(x):
+            self._fed.setdefault(producer, set()).add(layer)
+        if output.grad_fn is not None:
+            self._producers[output.grad_fn] = layer
+        # Reentrant checkpointing replays a segment in the backward pass, cut off from the rest of
+        # the graph: whatever it replays lies before the layers that were already reached.
+        if self._reached and torch._C._current_graph_task_id() != -1:
+            self._not_last.add(layer)
+
+    def backward(self, layer: Hashable) -> None:
+        """Note that the loss depends on a layer.
+
+        Args:
+            layer: Its key.
+        """
+        self._reached.add(layer)
+
+    @property
+    def reached(self) -> set[Hashable]:
+        """The layers that a backward pass has reached."""
+        return self._reached
+
+    def outputs(self) -> set[Hashable]:
+        """The layers that reach the loss through no other layer.
+
+        Returns:
+            Their keys. A layer that only feeds itself (a recurrent use) counts as an output.
+        """
+        return {
+            layer
+            for layer in self._reached - self._not_last
+            if not (self._fed.get(layer, set()) & self._reached) - {layer}
+        }
+
+    def _upstream(self, x: Tensor) -> set[Hashable]:
+        found: set[Hashable] = set()
+        seen: set[Any] = set()
+        pending = [x.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in self._producers:
+                found.add(self._producers[node])
+            else:
+                pending.extend(parent for parent, _ in node.next_functions)
+        return found
+
+
+class EagerUntilFound:
+    """Runs compiled models eagerly while a search is on.
+
+    Compiled code has no autograd graph to follow, and a hook traced during the search would have to
+    be compiled again afterwards. Nested searches share one stance, which the last one lifts.
+    """
+
+    _active = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        self._held = True
+        if EagerUntilFound._active == 0:
+            EagerUntilFound._stance = torch.compiler.set_stance("force_eager")
+        EagerUntilFound._active += 1
+
+    def release(self) -> None:
+        """Let compiled code run again; safe to call twice."""
+        if not self._held:
+            return
+        self._held = False
+        EagerUntilFound._active -= 1
+        if EagerUntilFound._active == 0:
+            EagerUntilFound._stance.__exit__(None, None, None)
+            EagerUntilFound._stance = None

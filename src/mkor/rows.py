@@ -1,0 +1,133 @@
+"""Which rows of a batch become statistics vectors.
+
+Samples lie along the first dimension. Every update makes at most ``k`` vectors (``vectors``); each
+is the sum over one part of the samples, and is divided by the part's number of rows later, when
+all calls, micro-batches and processes have added theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Chunks", "part_sizes", "place_chunks", "sum_parts", "take_parts"]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Equal chunks of neighbouring samples: chunk ``j`` starts at ``offset + j * stride``.
+
+    Attributes:
+        count: Number of chunks, ``k``.
+        size: Samples per chunk.
+        stride: Distance of the starts of neighbouring chunks, at least ``size``.
+        slack: Largest offset; the chunks then end at the last sample.
+    """
+
+    count: int
+    size: int
+    stride: int
+    slack: int
+
+    def offset(self, update: int | Tensor) -> int | Tensor:
+        """Where the first chunk starts in a given update.
+
+        Args:
+            update: Number of updates so far, as an int or, where ints would be compiled in, a tensor.
+
+        Returns:
+            Offsets step through the samples in strides of one chunk, so that a full turn visits
+            every sample.
+        """
+        turn = -(-self.slack // self.size) + 1
+        start = (update % turn) * self.size
+        return start.clamp(max=self.slack) if isinstance(start, Tensor) else min(start, self.slack)
+
+    def indices(self, update: Tensor) -> Tensor:
+        """The samples of every chunk.
+
+        Args:
+            update: Number of updates so far, a 0-dim integer tensor.
+
+        Returns:
+            ``[count, size]`` on the device of ``update``.
+        """
+        device = update.device
+        starts = torch.arange(self.count, device=device) * self.stride + self.offset(update)
+        return starts.unsqueeze(1) + torch.arange(self.size, device=device)
+
+
+def place_chunks(samples: int, count: int, size: int) -> Chunks | None:
+    """Spread ``count`` chunks of ``size`` samples over a batch.
+
+    Args:
+        samples: Samples in the batch.
+        count: Number of chunks, ``k``.
+        size: Samples per chunk.
+
+    Returns:
+        The placement, or None when the batch has fewer than ``count * size`` samples and is cut
+        into ``count`` nearly equal parts instead.
+    """
+    if samples < count * size:
+        return None
+    stride = samples // count
+    return Chunks(count, size, stride, samples - (count - 1) * stride - size)
+
+
+def part_sizes(samples: int, count: int) -> list[int]:
+    """Sizes of nearly equal parts, as ``tensor_split`` makes them.
+
+    Args:
+        samples: Samples to share out.
+        count: Number of parts.
+
+    Returns:
+        ``count`` numbers, the larger first; some are 0 when there are fewer samples than parts.
+    """
+    small, larger = divmod(samples, count)
+    return [small + (part < larger) for part in range(count)]
+
+
+def take_parts(x: Tensor, count: int, chunks: Chunks | None, update: int) -> list[Tensor]:
+    """The chosen samples, as few tensors of equal parts, without copying any.
+
+    Args:
+        x: ``[samples, ...]``.
+        count: Number of parts, ``k``.
+        chunks: Chosen chunks, or None for the whole batch in ``count`` nearly equal parts.
+        update: Number of updates so far.
+
+    Returns:
+        Views ``[parts, samples per part, ...]`` whose first dimensions add up to the number of
+        parts that are not empty.
+    """
+    if chunks is not None:
+        start = chunks.offset(update)
+        return [x[start:].unfold(0, chunks.size, chunks.stride)[: chunks.count].movedim(-1, 1)]
+    small, larger = divmod(x.shape[0], count)
+    cut = larger * (small + 1)
+    runs = (x[:cut].unflatten(0, (larger, small + 1)) if larger else None,
+            x[cut:].unflatten(0, (count - larger, small)) if small else None)  # fmt: skip
+    return [run for run in runs if run is not None]
+
+
+def sum_parts(runs: Sequence[Tensor], reduce: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    """Reduce every part and give each its slot.
+
+    Args:
+        runs: What :func:`take_parts` returned.
+        reduce: Maps ``[parts, samples, ...]`` to ``[parts, ...]``.
+        count: Number of slots, ``k``.
+
+    Returns:
+        ``[count, ...]``; slots without a part hold 0.
+    """
+    sums = [reduce(run) for run in runs]
+    filled = sums[0] if len(sums) == 1 else torch.cat(sums)
+    if len(filled) == count:
+        return filled
+    return torch.cat([filled, filled.new_zeros(count - len(filled), *filled.shape[1:])])

@@ -1,0 +1,204 @@
+"""Which layers of a model are preconditioned, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mkor.layers import LayerKind, describe
+
+__all__ = ["WIDEST_OUTPUT", "Layer", "Selection", "Skip", "clean_name", "select"]
+
+WIDEST_OUTPUT = 30_000
+"""Linear layers with more outputs than this are vocabularies, and left to the base optimizer."""
+
+Skip = Sequence["nn.Module | type[nn.Module] | str"]
+
+
+@dataclass(eq=False)
+class Layer:
+    """A weight and the modules that compute with it.
+
+    Attributes:
+        name: Of its first module, without the prefixes of wrappers.
+        kind: How it reads as ``y = W x (+ b)``.
+        modules: More than one where a weight is shared.
+        reason: Why it is left to the base optimizer; empty if it is preconditioned.
+    """
+
+    name: str
+    kind: LayerKind
+    modules: list[nn.Module]
+    reason: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """The current parameter: sharding and casting may replace it after construction."""
+        weight = self.modules[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The current bias parameter."""
+        bias = self.modules[0].bias
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias; none at all while the weight has none or is frozen."""
+        weight, bias = self.weight, self.bias
+        if weight.grad is None or not weight.requires_grad:
+            return None, None
+        return weight.grad, None if bias is None else bias.grad
+
+
+@dataclass
+class Selection:
+    """The outcome of looking through a model.
+
+    Attributes:
+        layers: Every layer of a supported kind, preconditioned or not.
+        reasons: For other parameters, by their identity, why they are left to the base optimizer.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+def clean_name(name: str) -> str:
+    """A module's or parameter's name without what DDP and ``torch.compile`` put before it.
+
+    Args:
+        name: As in ``named_modules``.
+
+    Returns:
+        The name in the user's own model.
+    """
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def select(model: nn.Module, optimized: Iterable[Tensor], skip: Skip) -> Selection:
+    """Look through a model.
+
+    Args:
+        model: Its modules are visited in order.
+        optimized: The parameters of the base optimizer.
+        skip: Modules, module types and patterns on module names to leave to the base; what lies
+            inside a skipped module is skipped with it.
+
+    Returns:
+        Layers and reasons.
+    """
+    known = {id(p) for p in optimized}
+    skipped = _skipped(model, skip)
+    owners = _owners(model)
+    selection = Selection()
+    by_weight: dict[int, Layer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for parameter in module.parameters():
+                selection.reasons[id(parameter)] = (
+                    "nn.MultiheadAttention bypasses its layers' hooks"
+                )
+        kind = describe(module)
+        if isinstance(kind, str):
+            for parameter in module.parameters(recurse=False):
+                selection.reasons[id(parameter)] = kind
+        if kind is None or isinstance(kind, str):
+            continue
+        reason = _unusable(module)
+        if reason:
+            for parameter in module.parameters():
+                selection.reasons[id(parameter)] = reason
+            continue
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        if id(weight) in selection.reasons:
+            continue
+        shared = by_weight.get(id(weight))
+        if shared is not None:
+            shared.modules.append(module)
+            if shared.kind != kind or shared.bias is not bias:
+                shared.reason = (
+                    f"shares its weight with {clean_name(name)}, but not its form or bias"
+                )
+            continue
+        layer = Layer(clean_name(name), kind, [module])
+        layer.reason = (
+            skipped.get(id(module))
+            or _tied_reason(weight, owners)
+            or _parameter_reason(weight, known)
+            or ("" if kind.d_out <= WIDEST_OUTPUT else f"wider than {WIDEST_OUTPUT:,} outputs")
+        )
+        by_weight[id(weight)] = layer
+        selection.layers.append(layer)
+    return selection
+
+
+def _skipped(model: nn.Module, skip: Skip) -> dict[int, str]:
+    if isinstance(skip, str | nn.Module | type):
+        raise TypeError(f"skip must be a list or tuple, got {skip!r}: write skip=[...]")
+    named = [(clean_name(name), module) for name, module in model.named_modules()]
+    reasons: dict[int, str] = {}
+    for entry in skip:
+        matches = [module for name, module in named if _matches(entry, name, module)]
+        if not matches:
+            names = ", ".join(name for name, module in named if describe(module))
+            raise ValueError(f"skip={entry!r} matches no module of the model; layers are: {names}")
+        shown = entry if isinstance(entry, str) else getattr(entry, "__name__", "the module")
+        for module in matches:
+            for inside in module.modules():
+                reasons.setdefault(id(inside), f"skipped by the user ({shown})")
+    return reasons
+
+
+def _matches(entry: object, name: str, module: nn.Module) -> bool:
+    if isinstance(entry, str):
+        return fnmatchcase(name, entry)
+    if isinstance(entry, type) and issubclass(entry, nn.Module):
+        return isinstance(module, entry)
+    if isinstance(entry, nn.Module):
+        return module is entry
+    raise TypeError(f"skip takes modules, module types and patterns on names, got {entry!r}")
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _unusable(module: nn.Module) -> str:
+    if parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed, not trained itself"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed, not a parameter itself"
+    if not weight.is_floating_point():
+        return f"its weight is stored as {weight.dtype}"
+    return ""
+
+
+def _tied_reason(weight: Tensor, owners: dict[int, list[nn.Module]]) -> str:
+    for owner in owners[id(weight)]:
+        if describe(owner) is None:
+            return f"tied to the weight of {type(owner).__name__}"
+    return ""
+
+
+def _parameter_reason(weight: Tensor, known: set[int]) -> str:
+    if id(weight) not in known:
+        return "not among the base optimizer's parameters"
+    if not weight.requires_grad:
+        return "frozen (requires_grad=False)"
+    if weight.device == torch.device("meta"):
+        return "on the meta device"
+    return ""

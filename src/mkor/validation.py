@@ -1,0 +1,114 @@
+"""Checks of arguments, at the earliest moment and with a way out."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+__all__ = ["check_base", "check_model", "check_options"]
+
+
+def check_model(model: object) -> None:
+    """Refuse what cannot be watched.
+
+    Args:
+        model: Should be a module with ordinary parameters.
+
+    Raises:
+        TypeError: It is no module, or wrapped in something that replicates or flattens parameters.
+        ValueError: It is not initialised yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: call MKOR(model, optimizer)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "nn.DataParallel replicates the model in every step and hides its layers: use "
+                "torch.nn.parallel.DistributedDataParallel"
+            )
+        if isinstance(module, FullyShardedDataParallel):
+            raise TypeError("FSDP1 flattens parameters, so layers have no matrices: train with DDP")
+        for key, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{key}" if name else key
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"{full} is not initialised: run one forward pass before wrapping the optimizer"
+                )
+            if hasattr(parameter, "device_mesh"):
+                raise TypeError(
+                    f"{full} is a sharded DTensor, which is not supported: train with DDP"
+                )
+
+
+def check_base(model: nn.Module, optimizer: object, wrapper: type[Optimizer]) -> None:
+    """Refuse a base that the wrapper cannot step.
+
+    Args:
+        model: The model it should train.
+        optimizer: Should be a torch optimizer.
+        wrapper: The wrapper's own class.
+
+    Raises:
+        TypeError: It is no optimizer, already wrapped, or needs a closure.
+        ValueError: It holds none of the model's parameters.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build one "
+            "first, for instance torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        )
+    if isinstance(optimizer, wrapper):
+        raise TypeError(
+            f"optimizer is already a {type(optimizer).__name__}: pass its .base, or close() it"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} evaluates the model inside step() and cannot be wrapped: use "
+            "an optimizer whose step() needs no closure"
+        )
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "optimizer holds none of the model's parameters: build it from this model's "
+            "parameters()"
+        )
+
+
+def check_options(
+    update_every: object, rescale: object, sides: object, nonfinite: object, skip_output: object
+) -> None:
+    """Check the wrapper's keywords.
+
+    Args:
+        update_every: A whole number from 1.
+        rescale: ``"running"``, ``"step"`` or None.
+        sides: ``"both"``, ``"left"`` or ``"right"``.
+        nonfinite: ``"propagate"`` or ``"skip"``.
+        skip_output: A bool.
+
+    Raises:
+        TypeError: One has the wrong type.
+        ValueError: One is out of range.
+    """
+    if isinstance(update_every, bool) or not isinstance(update_every, int):
+        raise TypeError(f"update_every must be a whole number, got {update_every!r}")
+    if update_every < 1:
+        raise ValueError(f"update_every must be at least 1, got {update_every}")
+    if not isinstance(skip_output, bool):
+        raise TypeError(f"skip_output must be True or False, got {skip_output!r}")
+    choices = {
+        "rescale": (rescale, ("running", "step", None)),
+        "sides": (sides, ("both", "left", "right")),
+        "nonfinite": (nonfinite, ("propagate", "skip")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            listed = ", ".join(repr(choice) for choice in allowed)
+            raise ValueError(f"{name} must be one of {listed}, got {value!r}")
