@@ -32,6 +32,9 @@ CONVOLUTIONS = {
     "conv1d-depthwise": (1, {"groups": 4, "padding": "same", "padding_mode": "reflect"}),
 }
 
+GROUPED = [name for name, (_, how) in CONVOLUTIONS.items() if "groups" in how]
+UNGROUPED = [name for name in CONVOLUTIONS if name not in GROUPED]
+
 
 def convolution(name, dtype=torch.float64):
     """A layer and a function that makes ``n`` images for it."""

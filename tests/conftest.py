@@ -1,7 +1,5 @@
 """One thread, one seed, reproducible examples: a failure here fails everywhere."""
 
-import gc
-
 import hypothesis
 import pytest
 import torch
@@ -25,9 +23,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _fresh_torch():
-    """Every test starts from the same seed and leaves no default dtype or compiled code behind."""
+    """Every test starts from the same seed and leaves no default dtype behind."""
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
-    gc.collect()

@@ -115,6 +115,19 @@ def in_runs(calls: list[Call]) -> list[Call]:
     return [(a.flatten(0, 1)[:, None], g.flatten(0, 1)[:, None]) for a, g in calls]
 
 
+def chunk_statistics(call: Call, chunks: list[list[int]], bias: bool) -> Statistics:
+    """Section 2.2 with ``rows=m``: only the rows in ``chunks`` count, one vector per chunk."""
+    a, g = call[0].flatten(0, 1), call[1].flatten(0, 1)
+    a, g = with_ones(a) if bias else a, len(g) * g
+    used = [row for chunk in chunks for row in chunk]
+    return Statistics(
+        a=[a[chunk].mean(0) for chunk in chunks],
+        g=[g[chunk].mean(0) for chunk in chunks],
+        a_square=a[used].square().mean().item(),
+        g_square=g[used].square().mean().item(),
+    )
+
+
 # ---------------------------------------------------------------------------------------- window
 
 
