@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,22 @@ def dodge(places: Sequence[float], gap: float) -> list[float]:
     return [moved[index] for index in range(len(places))]
 
 
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """Labels without their options, where that leaves them apart.
+
+    Args:
+        labels: The contestants' labels.
+
+    Returns:
+        Short labels; those that would be alike keep their options, on a line of their own.
+    """
+    bare = [re.sub(r"\[[^]]*\]", "", label) for label in labels]
+    return [
+        short if bare.count(short) == 1 else re.sub(r",(?=[^]]*\])", ",\n", label)
+        for label, short in zip(labels, bare, strict=True)
+    ]
+
+
 def draw_labels(axes: Axes, lines: Sequence[Line], ends: Sequence[float]) -> None:
     """Writes each contestant's name and loss at the end of its line.
 
@@ -124,10 +141,14 @@ def draw_labels(axes: Axes, lines: Sequence[Line], ends: Sequence[float]) -> Non
     points = [
         to_axes.transform((end, line.losses[-1])) for end, line in zip(ends, lines, strict=True)
     ]
-    heights = dodge([float(point[1]) for point in points], LABEL_GAP)
-    for line, point, height in zip(lines, points, heights, strict=True):
+    if not lines:
+        return
+    names = short_labels([line.label for line in lines])
+    gap = LABEL_GAP * max(name.count("\n") + 1 for name in names)
+    heights = dodge([float(point[1]) for point in points], gap)
+    for line, name, point, height in zip(lines, names, points, heights, strict=True):
         axes.annotate(
-            f"{line.label}  {line.losses[-1]:.3f}",
+            f"{name}  {line.losses[-1]:.3f}",
             xy=(float(point[0]), float(point[1])),
             xytext=(float(point[0]) + 0.025, height),
             xycoords="axes fraction",

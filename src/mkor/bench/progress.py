@@ -61,22 +61,23 @@ class Progress(AbstractContextManager["Progress"]):
         """
         self.total += steps
 
-    def phase(self, title: str, labels: Sequence[str], steps: int) -> None:
+    def phase(self, title: str, labels: Sequence[str], steps: int, unit: str = "loss") -> None:
         """Begins a round of runs.
 
         Args:
             title: What the round is for.
             labels: Who takes part.
             steps: How many steps each of them takes.
+            unit: What the numbers are that come with the steps.
         """
 
-    def advance(self, label: str, step: int, loss: float) -> None:
+    def advance(self, label: str, step: int, value: float) -> None:
         """Reports a step.
 
         Args:
             label: Who took it.
             step: Steps taken in this round.
-            loss: The training loss.
+            value: A number to show, such as the training loss.
         """
         self.done += 1
 
@@ -106,35 +107,39 @@ class PlainProgress(Progress):
         super().__init__()
         self.stream = stream
         self.title = ""
-        self.losses: dict[str, float] = {}
+        self.unit = ""
+        self.values: dict[str, float] = {}
         self.spoke = time.perf_counter()
 
-    def phase(self, title: str, labels: Sequence[str], steps: int) -> None:
+    def phase(self, title: str, labels: Sequence[str], steps: int, unit: str = "loss") -> None:
         """Begins a round of runs.
 
         Args:
             title: What the round is for.
             labels: Who takes part.
             steps: How many steps each of them takes.
+            unit: What the numbers are that come with the steps.
         """
-        self.title = title
-        self.losses = {}
+        self.title, self.unit = title, unit
+        self.values = {}
 
-    def advance(self, label: str, step: int, loss: float) -> None:
+    def advance(self, label: str, step: int, value: float) -> None:
         """Reports a step, as a line if the last one is a while ago.
 
         Args:
             label: Who took it.
             step: Steps taken in this round.
-            loss: The training loss.
+            value: A number to show, such as the training loss.
         """
-        super().advance(label, step, loss)
-        self.losses[label] = loss
+        super().advance(label, step, value)
+        self.values[label] = value
         if time.perf_counter() - self.spoke < LINE_SECONDS:
             return
         self.spoke = time.perf_counter()
-        losses = ", ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
-        self.note(f"  {self.title}, step {step}: {losses}; {clock(self.seconds_left)} left")
+        values = ", ".join(f"{name} {shown:.3f}" for name, shown in self.values.items())
+        self.note(
+            f"  {self.title}, step {step}, {self.unit}: {values}; {clock(self.seconds_left)} left"
+        )
 
     def note(self, text: str) -> None:
         """Says something that stays.
@@ -180,6 +185,7 @@ class LiveProgress(Progress):
         )
         self.whole = self.bars.add_task("[bold]all", total=1, text="")
         self.tasks: dict[str, TaskID] = {}
+        self.unit = ""
         self.drawn = 0.0
 
     def __enter__(self) -> LiveProgress:
@@ -206,16 +212,18 @@ class LiveProgress(Progress):
         """
         self.bars.stop()
 
-    def phase(self, title: str, labels: Sequence[str], steps: int) -> None:
+    def phase(self, title: str, labels: Sequence[str], steps: int, unit: str = "loss") -> None:
         """Begins a round of runs.
 
         Args:
             title: What the round is for.
             labels: Who takes part.
             steps: How many steps each of them takes.
+            unit: What the numbers are that come with the steps.
         """
         from rich.markup import escape
 
+        self.unit = unit
         for task in self.tasks.values():
             self.bars.remove_task(task)
         self.tasks = {
@@ -223,18 +231,18 @@ class LiveProgress(Progress):
             for label in labels
         }
 
-    def advance(self, label: str, step: int, loss: float) -> None:
+    def advance(self, label: str, step: int, value: float) -> None:
         """Reports a step.
 
         Args:
             label: Who took it.
             step: Steps taken in this round.
-            loss: The training loss.
+            value: A number to show, such as the training loss.
         """
-        super().advance(label, step, loss)
+        super().advance(label, step, value)
         if time.perf_counter() - self.drawn < REFRESH_SECONDS and self.done < self.total:
             return
-        self.bars.update(self.tasks[label], completed=step, text=f"loss {loss:.3f}")
+        self.bars.update(self.tasks[label], completed=step, text=f"{self.unit} {value:.3f}")
         self.bars.update(
             self.whole,
             completed=self.done,

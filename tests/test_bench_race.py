@@ -1,0 +1,201 @@
+"""The race: schedule, fairness, tuning, divergence, interruption."""
+
+import math
+
+import pytest
+import torch
+
+from mkor.bench import rounds, tuning
+from mkor.bench.contestants import parse_contestant, parse_contestants
+from mkor.bench.progress import Progress
+from mkor.bench.race import Race, Settings, mean, spread
+from mkor.bench.runner import planned_steps, run_race
+from mkor.bench.schedule import factor
+from mkor.bench.tasks import Batch, Task, load_task
+from mkor.bench.training import Training, Trial, state_bytes
+from mkor.bench.tuning import TUNING_SEED, choose, trials_of
+
+
+@pytest.fixture
+def task() -> Task:
+    return load_task("digits-mlp", {"width": 16, "depth": 2, "batch": 16})
+
+
+def settings(task: Task, text: str = "adamw,sgd", **changes: object) -> Settings:
+    contestants = tuple(parse_contestants(text))
+    values = {"steps": 6, "seeds": 2, **changes}
+    return Settings(task, contestants, contestants[0].label, **values)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.99])
+def test_the_rate_rises_linearly_to_one_and_falls_to_nearly_nothing(
+    steps: int, warmup: float
+) -> None:
+    rates = [factor(step, steps, warmup) for step in range(steps)]
+    rise = max(1, round(warmup * steps))
+    assert rates[:rise] == pytest.approx([(step + 1) / rise for step in range(rise)])
+    assert rates[rise - 1] == max(rates) == 1.0
+    assert all(a > b for a, b in zip(rates[rise - 1 :], rates[rise:], strict=False))
+    assert all(rate > 0 for rate in rates)
+
+
+def test_the_middle_of_the_fall_is_a_half() -> None:
+    assert factor(19 + 90, 200, 0.1) == pytest.approx(0.5, abs=0.02)
+    assert factor(199, 200, 0.1) < 1e-3
+
+
+def test_all_start_with_the_same_weights_and_see_the_same_batches(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Batch]] = {}
+    starts: dict[str, torch.Tensor] = {}
+    advance = Training.advance
+
+    def spy(training: Training, batch: Batch) -> None:
+        label = f"{training.contestant.label} {training.seed}"
+        if label not in starts:
+            weights = [weight.detach().flatten().clone() for weight in training.model.parameters()]
+            starts[label] = torch.cat(weights)
+        seen.setdefault(label, []).append(batch)
+        advance(training, batch)
+
+    monkeypatch.setattr(Training, "advance", spy)
+    run_race(settings(task, "adamw,sgd,mkor+adamw"), Progress())
+    for seed in range(2):
+        labels = [f"{name} {seed}" for name in ("adamw", "sgd", "mkor+adamw")]
+        for other in labels[1:]:
+            assert torch.equal(starts[labels[0]], starts[other])
+            assert len(seen[labels[0]]) == len(seen[other]) == 6
+            for mine, theirs in zip(seen[labels[0]], seen[other], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert not torch.equal(starts["adamw 0"], starts["adamw 1"])
+
+
+def test_contestants_take_steps_in_turn(task: Task) -> None:
+    class Log(Progress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[tuple[str, int]] = []
+
+        def advance(self, label: str, step: int, value: float) -> None:
+            super().advance(label, step, value)
+            self.steps.append((label, step))
+
+    log = Log()
+    run_race(settings(task, seeds=1, steps=4), log)
+    assert [step for _, step in log.steps] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [label for label, _ in log.steps[:4]] == ["adamw", "sgd", "sgd", "adamw"]
+    assert log.done == log.total == 8
+
+
+def test_a_run_has_its_curve_and_its_clocks(task: Task) -> None:
+    race = run_race(settings(task, steps=40, seeds=1), Progress())
+    run = race.of("adamw")[0]
+    assert [point.step for point in run.curve] == list(range(4, 41, 4))
+    assert run.loss == run.curve[-1].held_out_loss < run.curve[0].held_out_loss
+    assert 0 < run.curve[0].cpu_seconds < run.curve[-1].cpu_seconds == run.cpu_seconds
+    assert 0 < run.curve[0].wall_seconds < run.curve[-1].wall_seconds == run.wall_seconds
+    weights = 16 * 64 + 16 + 10 * 16 + 10
+    assert race.of("sgd")[0].state_bytes == 4 * weights
+    assert run.state_bytes == 2 * 4 * weights + 4 * 4
+
+
+def test_the_same_race_twice_ends_alike(task: Task) -> None:
+    first, second = (run_race(settings(task, "mkor+adamw,sgd"), Progress()) for _ in range(2))
+    assert [run.loss for run in first.runs] == [run.loss for run in second.runs]
+
+
+def test_shared_storage_counts_once() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    buffer = torch.zeros(10)
+    optimizer.state[weight] = {"a": buffer[:4], "b": [buffer[4:], None], "step": 3}
+    assert state_bytes(optimizer) == 40
+
+
+def test_everybody_gets_the_same_number_of_trials(task: Task) -> None:
+    plan = settings(task, "adamw,sgd,mkor+sgd", tune=3, weight_decays=(0.0, 0.1))
+    trials = [trials_of(plan, who) for who in plan.contestants]
+    assert [len(each) for each in trials] == [6, 6, 6]
+    assert {trial.weight_decay for trial in trials[0]} == {0.0, 0.1}
+    assert planned_steps(plan) == (3 * 6 + 2 * 3) * 6
+
+
+def test_a_given_rate_is_not_tuned(task: Task) -> None:
+    plan = settings(task, "adamw[lr=0.5],sgd[weight_decay=0.25],lamb", tune=2, rates={"lamb": 0.7})
+    first, second, third = (trials_of(plan, who) for who in plan.contestants)
+    assert first == [Trial(0.5, 0.01)]
+    assert {trial.weight_decay for trial in second} == {0.25}
+    assert [trial.lr for trial in third] == [0.7]
+    assert planned_steps(plan) == (2 + 2 * 3) * 6
+
+
+def test_tuning_has_a_seed_of_its_own_and_picks_the_lowest_loss(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    real = tuning.run_round
+    monkeypatch.setattr(
+        tuning, "run_round", lambda *a, **k: used.append(k["seed"]) or real(*a, **k)
+    )
+    race = run_race(settings(task, tune=3), Progress())
+    assert used == [TUNING_SEED] * 3
+    assert {run.seed for run in race.runs} == {0, 1}
+    for label in ("adamw", "sgd"):
+        found = race.tunings[label]
+        best = min(found.trials, key=lambda pair: pair[1])[0]
+        assert found.best == best
+        assert {run.trial for run in race.of(label)} == {best}
+
+
+def test_a_best_rate_at_the_edge_is_noticed() -> None:
+    trials = [Trial(rate, 0.0) for rate in (1.0, 2.0, 0.5)]
+    assert not choose(trials, [1.0, 2.0, 3.0]).at_edge
+    assert choose(trials, [2.0, 1.0, 3.0]).at_edge
+    assert choose(trials, [math.inf, math.inf, 3.0]).best.lr == 0.5
+    assert not choose(trials[:1], [None]).at_edge
+
+
+def test_a_diverged_run_is_a_result(task: Task) -> None:
+    progress = Progress()
+    race = run_race(settings(task, "adamw,sgd[lr=1e30]", steps=20), progress)
+    assert [run.loss for run in race.of("sgd[lr=1e30]")] == [math.inf, math.inf]
+    assert all(math.isfinite(run.loss) for run in race.of("adamw"))
+    assert progress.done == progress.total
+
+
+def test_a_refused_decomposition_is_divergence(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(parse_contestant("adamw"), task, 0, 3, Trial(0.1, 0.0), 0.1)
+
+    def refuse() -> None:
+        raise torch.linalg.LinAlgError("ill-conditioned")
+
+    monkeypatch.setattr(training.optimizer, "step", refuse)
+    rounds.run_together([training], 0, Progress())
+    assert training.result().loss == math.inf
+
+
+def test_ctrl_c_keeps_the_seeds_that_are_complete(task: Task) -> None:
+    class Impatient(Progress):
+        def advance(self, label: str, step: int, value: float) -> None:
+            super().advance(label, step, value)
+            if self.done == 15:
+                raise KeyboardInterrupt
+
+    race = run_race(settings(task, seeds=3), Impatient())
+    assert race.interrupted
+    assert [(run.contestant, run.seed) for run in race.runs] == [("adamw", 0), ("sgd", 0)]
+
+
+def test_means_and_spreads() -> None:
+    assert mean([1.0, 2.0]) == 1.5
+    assert mean([1.0, math.inf]) == mean([math.nan]) == math.inf
+    assert spread([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+    assert spread([1.0]) is None
+    assert spread([1.0, math.inf]) is None
+
+
+def test_runs_of_a_label_come_in_order_of_seeds(task: Task) -> None:
+    race: Race = run_race(settings(task), Progress())
+    assert [run.seed for run in race.of("sgd")] == [0, 1]
