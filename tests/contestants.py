@@ -1,0 +1,166 @@
+"""The rows of the contract: every optimizer that the promises are made for.
+
+A later optimizer joins by one entry in ``ROWS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import mkor
+
+PREFIX = "mkor_"
+"""Names of the wrapper's own entries in ``optimizer.state`` begin with it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How to build a wrapper and the base below it."""
+
+    wrap: Callable[..., torch.optim.Optimizer]
+    base: Callable[[Any], torch.optim.Optimizer]
+    defaults: dict[str, Any]
+
+    def make(self, model: nn.Module, parameters=None, **options) -> Any:
+        """The wrapper over a new base of the model's parameters."""
+        return self.over(model, self.base(parameters or model.parameters()), **options)
+
+    def over(self, model: nn.Module, base: torch.optim.Optimizer, **options) -> Any:
+        return self.wrap(model, base, **(self.defaults | options))
+
+
+def muon_and_adamw(parameters):
+    """Torch's Muon takes matrices only; the rest goes to AdamW."""
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() == 2]
+    rest = [p for p in parameters if p.dim() != 2]
+    return mkor.Combined(torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=0.01))
+
+
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.003, momentum=0.5, centered=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "muon": muon_and_adamw,
+}
+
+WINDOW = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9, "damping": 0.05}
+
+ROWS = {f"mkor+{name}": Row(mkor.MKOR, base, WINDOW) for name, base in BASES.items()} | {
+    "mkor[left,step]+adamw": Row(
+        mkor.MKOR, BASES["adamw"], WINDOW | {"sides": "left", "rescale": "step", "rows": None}
+    ),
+    "mkor[every 3]+sgd-momentum": Row(
+        mkor.MKOR, BASES["sgd-momentum"], WINDOW | {"update_every": 3, "rescale": None}
+    ),
+    "mkor[bfloat16]+adamw": Row(
+        mkor.MKOR, BASES["adamw"], WINDOW | {"factor_dtype": torch.bfloat16}
+    ),
+}
+
+
+class Net(nn.Module):
+    """A convolution, a hidden layer used twice, a normalisation and an output layer."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1, dtype=dtype)
+        self.first = nn.Linear(48, 8, dtype=dtype)
+        self.norm = nn.LayerNorm(8, dtype=dtype)
+        self.again = nn.Linear(8, 8, bias=False, dtype=dtype)
+        self.output = nn.Linear(8, 3, dtype=dtype)
+
+    def forward(self, x):
+        x = self.first(self.conv(x).relu().flatten(1))
+        return self.output(self.again(self.again(self.norm(x)).tanh()).tanh())
+
+
+def batch(i: int, n: int = 12, dtype=torch.float32):
+    """The ``i``-th batch, always the same."""
+    generator = torch.Generator().manual_seed(1000 + i)
+    x = torch.randn(n, 1, 4, 4, generator=generator)
+    return x.to(dtype), torch.randint(3, (n,), generator=generator)
+
+
+def backward(model: nn.Module, i: int, n: int = 12) -> torch.Tensor:
+    x, y = batch(i, n, next(model.parameters()).dtype)
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.detach()
+
+
+def train(model: nn.Module, optimizer, steps, start: int = 0) -> list[float]:
+    """Ordinary training on the batches from ``start``."""
+    losses = []
+    for i in range(start, start + steps):
+        optimizer.zero_grad()
+        losses.append(backward(model, i).item())
+        optimizer.step()
+    return losses
+
+
+def seeded(make=Net, seed: int = 0, **how) -> nn.Module:
+    torch.manual_seed(seed)
+    return make(**how)
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def grads(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def factors(optimizer) -> list[torch.Tensor]:
+    """Copies of all factors, without the counters that advance in every step."""
+    return [
+        value.clone()
+        for entry in optimizer.state.values()
+        for key, value in sorted(entry.items())
+        if key.startswith(PREFIX) and "counters" not in key
+    ]
+
+
+def base_state(optimizer) -> list[torch.Tensor]:
+    return [
+        torch.as_tensor(value).clone()
+        for entry in optimizer.state.values()
+        for key, value in sorted(entry.items())
+        if not key.startswith(PREFIX)
+    ]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    """Bitwise, NaN included."""
+    return len(first) == len(second) and all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def hooks(model: nn.Module) -> int:
+    """How many hooks a model's modules and parameters carry."""
+    modules = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
+    return modules + sum(
+        len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ())
+        for p in model.parameters()
+    )
