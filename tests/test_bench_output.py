@@ -1,0 +1,193 @@
+"""What a race leaves behind: table, files, picture, progress."""
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mkor.bench.compare import write_files
+from mkor.bench.contestants import parse_contestants
+from mkor.bench.files import COLUMNS, plain, write_csv, write_json
+from mkor.bench.match import Match
+from mkor.bench.plot import LABEL_GAP, dodge, lines_of, short_labels
+from mkor.bench.progress import LiveProgress, PlainProgress, Progress, clock, make_progress
+from mkor.bench.race import Race, Settings
+from mkor.bench.report import print_conditions, print_report
+from mkor.bench.runner import run_race
+from mkor.bench.tables import bytes_text, plain_table
+from mkor.bench.tasks import load_task
+
+DIVERGES = "sgd[lr=1e30]"
+
+
+@pytest.fixture(scope="module")
+def race() -> Race:
+    task = load_task("digits-mlp", {"width": 16, "depth": 2, "batch": 16})
+    contestants = tuple(parse_contestants(f"adamw,mkor[rank=8]+adamw,{DIVERGES}"))
+    settings = Settings(task, contestants, "adamw", steps=12, seeds=2, tune=3, match=True)
+    return run_race(settings, Progress())
+
+
+def test_files_are_written(race: Race, tmp_path: Path) -> None:
+    files = write_files(race, tmp_path)
+    assert sorted(path.name for path in files.values()) == [
+        "curves.csv",
+        "curves.png",
+        "results.json",
+    ]
+    assert files["picture"].read_bytes().startswith(b"\x89PNG")
+    assert files["picture"].stat().st_size > 20_000
+
+
+def test_json_holds_everything_and_betrays_nothing(race: Race, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(race, path)
+    text = path.read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["settings"]["task"]["sha256"] == race.settings.task.sha256
+    assert record["settings"]["task"]["sizes"] == {"width": 16, "depth": 2, "batch": 16}
+    assert record["settings"]["contestants"][1]["wrapper"] == {
+        "name": "mkor",
+        "options": {"rank": 8},
+    }
+    assert record["environment"]["packages"]["torch"]
+    assert record["environment"]["python"] == platform.python_version()
+    assert record["environment"]["threads"] >= 1
+    assert len(record["runs"]) == 6
+    assert {run["seed"] for run in record["runs"]} == {0, 1}
+    assert [run["loss"] for run in record["runs"] if run["contestant"] == DIVERGES] == [None] * 2
+    assert len(record["tuning"]["adamw"]["trials"]) == 3
+    assert record["match"].keys() == {"mkor[rank=8]+adamw", DIVERGES}
+    for private in (platform.node(), str(Path.home()), os.getcwd(), str(tmp_path)):
+        if len(private) > 3:
+            assert private not in text
+
+
+def test_csv_has_a_line_for_each_point(race: Race, tmp_path: Path) -> None:
+    path = tmp_path / "curves.csv"
+    write_csv(race, path)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == sum(len(run.curve) for run in race.runs)
+    last = [row for row in rows if row["contestant"] == "adamw" and row["seed"] == "1"][-1]
+    assert float(last["held_out_loss"]) == race.of("adamw")[1].loss
+    assert last["step"] == "12"
+
+
+def test_the_table_says_who_got_where(race: Race) -> None:
+    stream = io.StringIO()
+    print_report(race, stream)
+    text = stream.getvalue()
+    lines = {line.split("  ")[0]: line for line in text.splitlines() if "  " in line}
+    assert f"{race.of('adamw')[0].trial.lr:g}" in lines["adamw"]
+    assert lines["adamw"].endswith("1.00x")
+    assert "diverged" in lines[DIVERGES]
+    assert "> 12" in lines[DIVERGES]
+    assert "mkor[rank=8]+adamw" in lines
+    assert text.count("tuning of") == 2
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+
+
+def test_an_interrupted_race_says_so(race: Race) -> None:
+    stream = io.StringIO()
+    cut = replace(race, interrupted=True, matches={}, runs=[r for r in race.runs if r.seed == 0])
+    print_report(cut, stream)
+    assert "interrupted: 1 of 2 seeds" in stream.getvalue()
+
+
+def test_conditions_name_the_data_and_the_grid(race: Race) -> None:
+    stream = io.StringIO()
+    print_conditions(race.settings, 1, stream)
+    text = stream.getvalue()
+    assert race.settings.task.sha256 in text
+    assert "adamw tries lr " in text
+    assert f"{DIVERGES} uses lr 1e+30" in text
+
+
+def test_a_picture_of_diverged_runs_alone_can_be_drawn(race: Race, tmp_path: Path) -> None:
+    nothing = replace(race, runs=[replace(run, curve=()) for run in race.runs], matches={})
+    assert lines_of(nothing) == []
+    write_files(nothing, tmp_path)
+
+
+def test_labels_keep_their_distance_and_stay_near() -> None:
+    assert dodge([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    moved = dodge([0.5, 0.5, 0.52, 0.1], 0.1)
+    assert moved[3] == 0.1
+    gaps = [b - a for a, b in zip(sorted(moved[:3]), sorted(moved[:3])[1:], strict=False)]
+    assert gaps == pytest.approx([0.1, 0.1])
+    assert sum(moved[:3]) == pytest.approx(0.5 + 0.5 + 0.52)
+    assert dodge([], LABEL_GAP) == []
+
+
+def test_labels_drop_their_options_where_names_are_enough() -> None:
+    assert short_labels(["adamw", "mkor[a=1,b=2]+adamw"]) == ["adamw", "mkor+adamw"]
+    assert short_labels(["mkor[a=1,b=2]+adamw", "mkor+adamw"]) == [
+        "mkor[a=1,\nb=2]+adamw",
+        "mkor+adamw",
+    ]
+
+
+def test_a_match_that_failed_is_not_drawn(race: Race, tmp_path: Path) -> None:
+    failed = Match("mkor[rank=8]+adamw", 1.0, None, 1, None, None, None, ())
+    write_files(replace(race, matches={failed.contestant: failed}), tmp_path)
+
+
+def test_progress_without_a_terminal_is_plain(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mkor.bench.progress.LINE_SECONDS", 0.0)
+    stream = io.StringIO()
+    progress = make_progress(stream, quiet=False)
+    assert isinstance(progress, PlainProgress)
+    with progress:
+        run_race(replace(race.settings, tune=1, match=False), progress)
+    text = stream.getvalue()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+    assert re.search(r"seed 1/2, step 12, loss: .*adamw \d\.\d+.*; 0:\d\d left", text)
+    assert "seed 2/2: held-out loss adamw " in text
+
+
+def test_progress_on_a_terminal_has_bars_losses_and_the_time_left(
+    race: Race, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("mkor.bench.progress.REFRESH_SECONDS", 0.0)
+    stream = Terminal()
+    progress = make_progress(stream, quiet=False)
+    assert isinstance(progress, LiveProgress)
+    with progress:
+        run_race(replace(race.settings, tune=1, match=False, seeds=1), progress)
+    text = stream.getvalue()
+    assert "mkor[rank=8]+adamw" in text
+    assert re.search(r"loss \d\.\d\d\d", text)
+    assert re.search(r"\d:\d\d left", text)
+
+
+def test_quiet_is_quiet(race: Race) -> None:
+    stream = io.StringIO()
+    with make_progress(stream, quiet=True) as progress:
+        run_race(replace(race.settings, tune=1, match=False, seeds=1, steps=2), progress)
+        progress.note("nothing")
+    assert stream.getvalue() == ""
+
+
+def test_small_things_for_reading() -> None:
+    assert clock(64.9) == "1:05"
+    assert [bytes_text(n) for n in (3, 3200, 3.2e6, 3.2e9)] == ["3 B", "3.2 kB", "3.2 MB", "3.2 GB"]
+    assert plain_table(["a", "b"], [["xx", "1"], ["y", "100"]]).splitlines() == [
+        "a     b",
+        "-------",
+        "xx    1",
+        "y   100",
+    ]
+    assert plain({"a": (1, float("nan")), "b": Path("x")}) == {"a": [1, None], "b": "x"}
