@@ -125,12 +125,12 @@ def grads(model: nn.Module) -> list[torch.Tensor]:
 
 
 def factors(optimizer) -> list[torch.Tensor]:
-    """Copies of all factors, without the counters that advance in every step."""
+    """Copies of all factors, without what advances in every step: counters, running norms."""
     return [
         value.clone()
         for entry in optimizer.state.values()
         for key, value in sorted(entry.items())
-        if key.startswith(PREFIX) and "counters" not in key
+        if key.startswith(PREFIX) and key not in (PREFIX + "counters", PREFIX + "norms")
     ]
 
 
