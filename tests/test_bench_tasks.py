@@ -11,8 +11,10 @@ from mkor.bench.errors import UsageError
 from mkor.bench.tasks import TASKS, Task, batches, held_out_loss, load_task, new_model
 from mkor.bench.tasks.text import encode, load_corpus, source_files
 
+TEXT = {"width": 32, "depth": 1, "batch": 4, "context": 16}
 SMALL = {
-    "text-lm": {"width": 32, "depth": 1, "batch": 4, "context": 16},
+    "text-lm": TEXT,
+    "text-lm-torch-init": TEXT,
     "digits-mlp": {"width": 32, "depth": 2, "batch": 32},
     "digits-conv": {"width": 4, "depth": 2, "batch": 32},
     "digits-autoencoder": {"width": 32, "depth": 4, "batch": 32},
@@ -102,6 +104,15 @@ def test_text_targets_are_the_next_characters() -> None:
     inputs, target = next(batches(task, 0))
     assert inputs.shape == target.shape == (4, 16)
     assert torch.equal(inputs[:, 1:], target[:, :-1])
+
+
+def test_embeddings_start_as_the_name_says() -> None:
+    for name, spread in (("text-lm", 0.02), ("text-lm-torch-init", 1.0)):
+        task = load_task(name)
+        model = new_model(task, 0)
+        assert task.name == name
+        assert model.characters.weight.std().item() == pytest.approx(spread, rel=0.05)
+        assert model.positions.weight.std().item() == pytest.approx(spread, rel=0.05)
 
 
 def test_attention_is_causal() -> None:

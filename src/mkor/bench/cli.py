@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -131,7 +132,8 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "task",
         nargs="?",
         default="text-lm",
-        help="text-lm (the default), digits-mlp, digits-conv or digits-autoencoder",
+        help="text-lm (the default), text-lm-torch-init, digits-mlp, digits-conv "
+        "or digits-autoencoder",
     )
     add(
         "contestants",
@@ -275,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "run" not in arguments:
         parser.print_help()
         return 2
+    # Read when torch is loaded: else its profiler writes to the terminal as it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     module, _, function = arguments.run.partition(":")
     try:
         command = getattr(importlib.import_module(f"{__package__}.{module}"), function)

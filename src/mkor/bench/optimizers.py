@@ -106,13 +106,13 @@ class Wrapper:
 
 
 BASES: Mapping[str, Base] = {
-    "sgd": Base("torch.optim:SGD", 0.1, 5e-4, {"momentum": 0.9}),
-    "adamw": Base("torch.optim:AdamW", 6e-3, 0.01),
+    "sgd": Base("torch.optim:SGD", 0.2, 5e-4, {"momentum": 0.9}),
+    "adamw": Base("torch.optim:AdamW", 3e-3, 0.01),
     "lamb": Base("pytorch_optimizer:Lamb", 0.02, 0.01),
-    "soap": Base("pytorch_optimizer:SOAP", 6e-3, 0.01),
+    "soap": Base("pytorch_optimizer:SOAP", 0.012, 0.01),
     "muon": Base(
         "torch.optim:Muon",
-        6e-3,
+        0.024,
         0.01,
         {"adjust_lr_fn": "match_rms_adamw", "rest": 1.0},
         over_hidden,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ..errors import UnknownNameError, UsageError
 from .base import Batch, Task, batches, held_out_loss, new_model
@@ -16,7 +17,7 @@ from .digits import (
     digits_mlp,
 )
 from .text import SIZES as TEXT_SIZES
-from .text import text_lm
+from .text import TORCH_STD, text_lm
 
 __all__ = ["TASKS", "Batch", "Task", "batches", "held_out_loss", "load_task", "new_model"]
 
@@ -32,6 +33,7 @@ class Recipe:
 
 TASKS: Mapping[str, Recipe] = {
     "text-lm": Recipe(text_lm, TEXT_SIZES),
+    "text-lm-torch-init": Recipe(partial(text_lm, embedding_std=TORCH_STD), TEXT_SIZES),
     "digits-mlp": Recipe(digits_mlp, MLP_SIZES),
     "digits-conv": Recipe(digits_conv, CONV_SIZES),
     "digits-autoencoder": Recipe(digits_autoencoder, AUTOENCODER_SIZES, least_depth=2),

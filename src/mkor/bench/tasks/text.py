@@ -19,6 +19,10 @@ from .base import Batch, Task
 SIZES = {"width": 96, "depth": 3, "batch": 16, "context": 64}
 STEPS = 200
 HEAD_WIDTH = 32
+# The usual spread of a language model's embeddings, GPT-2's, and torch's own. The latter suits
+# AdamW better here: held-out loss 2.36 instead of 2.54 after 200 steps, 1.79 instead of 1.85
+# after 800; so there is a task for each.
+GPT2_STD, TORCH_STD = 0.02, 1.0
 HELD_OUT_TOKENS = 16_384
 HELD_OUT_EVERY = 10
 
@@ -164,18 +168,21 @@ class Block(nn.Module):
 class CharacterTransformer(nn.Module):
     """Learned positions, pre-norm blocks, an untied head."""
 
-    def __init__(self, width: int, depth: int, context: int) -> None:
+    def __init__(self, width: int, depth: int, context: int, embedding_std: float) -> None:
         """Makes the model.
 
         Args:
             width: Width of the residual stream.
             depth: Number of blocks.
             context: Largest number of characters in a window.
+            embedding_std: Spread of the embeddings at the start.
         """
         super().__init__()
         heads = max(1, width // HEAD_WIDTH)
         self.characters = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Embedding(context, width)
+        for table in (self.characters, self.positions):
+            nn.init.normal_(table.weight, std=embedding_std)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY)
@@ -240,11 +247,12 @@ def held_out_batches(text: Tensor, context: int) -> tuple[Batch, ...]:
     )
 
 
-def text_lm(sizes: Mapping[str, int]) -> Task:
-    """The task `text-lm`.
+def text_lm(sizes: Mapping[str, int], embedding_std: float = GPT2_STD) -> Task:
+    """The task `text-lm`, or `text-lm-torch-init` with torch's own embeddings.
 
     Args:
         sizes: Width, depth, batch and context.
+        embedding_std: Spread of the embeddings at the start.
 
     Returns:
         The task.
@@ -267,13 +275,13 @@ def text_lm(sizes: Mapping[str, int]) -> Task:
         return windows(corpus.train, starts, context)
 
     return Task(
-        name="text-lm",
+        name="text-lm" if embedding_std == GPT2_STD else "text-lm-torch-init",
         sizes=sizes,
         steps=STEPS,
         data=f"source of Python's standard library, {corpus.files} files, "
         f"{(len(corpus.train) + len(corpus.held_out)) / 1e6:.1f} MB",
         sha256=corpus.sha256,
-        build=lambda: CharacterTransformer(width, sizes["depth"], context),
+        build=lambda: CharacterTransformer(width, sizes["depth"], context, embedding_std),
         loss=next_character_loss,
         draw=draw,
         held_out=held_out_batches(corpus.held_out, context),
