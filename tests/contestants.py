@@ -124,11 +124,17 @@ def grads(model: nn.Module) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def entries(optimizer) -> list[dict[str, Any]]:
+    """What ``optimizer.state`` holds of each parameter, in the order of the groups."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state[p] for p in parameters if p in optimizer.state]
+
+
 def factors(optimizer) -> list[torch.Tensor]:
     """Copies of all factors, without what advances in every step: counters, running norms."""
     return [
         value.clone()
-        for entry in optimizer.state.values()
+        for entry in entries(optimizer)
         for key, value in sorted(entry.items())
         if key.startswith(PREFIX) and key not in (PREFIX + "counters", PREFIX + "norms")
     ]
@@ -137,7 +143,7 @@ def factors(optimizer) -> list[torch.Tensor]:
 def base_state(optimizer) -> list[torch.Tensor]:
     return [
         torch.as_tensor(value).clone()
-        for entry in optimizer.state.values()
+        for entry in entries(optimizer)
         for key, value in sorted(entry.items())
         if not key.startswith(PREFIX)
     ]
