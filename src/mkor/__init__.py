@@ -29,7 +29,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the command line must not wait for torch."""
+    # Public names are imported when first used: the command line must not wait for torch.
     if name not in _HOMES:
         raise AttributeError(f"module 'mkor' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -22,7 +22,7 @@ from mkor.profiling import span
 __all__ = ["META", "ForwardHook", "Gate", "Passes", "Site"]
 
 META = 3
-"""Numbers that lead a layer's counts: squares of ``a``, squares of ``g``, rows of the whole step."""
+"""Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
 
 
 class Passes:
@@ -238,7 +238,7 @@ class ForwardHook:
             return None
         pick = Pick(gate.vectors, gate.rows, site.update)
         a = site.kind.input_sums(x.detach(), pick) if gate.right else None
-        tapped: Tensor = _Tap.apply(output, site, gate, a)
+        tapped: Tensor = _Tap.apply(output, site, gate, a)  # type: ignore[no-untyped-call]
         return tapped
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:

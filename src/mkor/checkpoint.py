@@ -72,6 +72,9 @@ class Entries:
                 for key, tensor in batch.state.items():
                     self.by_parameter[layer.weight][PREFIX + key] = tensor[i]
 
+    def __len__(self) -> int:
+        return len(self.by_parameter)
+
     def put(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Add the entries to an optimizer's state.
 
@@ -116,15 +119,16 @@ class Entries:
             name = names.get(parameter, "a parameter")
             if mine != theirs:
                 raise ValueError(
-                    f"the checkpoint has other factors for {name}: it holds {sorted(theirs)}, this "
-                    f"optimizer {sorted(mine)}; build the optimizer with the settings (sides, skip, "
-                    "kind of curvature) that wrote it, or load the base's part alone"
+                    f"the checkpoint has other factors for {name}: it holds {sorted(theirs)}, "
+                    f"this optimizer {sorted(mine)}; build the optimizer with the settings "
+                    "(sides, skip, kind of curvature) that wrote it"
                 )
             for key in mine - {PREFIX + "counters"}:
                 if entry[key].shape != other[key].shape:
                     raise ValueError(
-                        f"the checkpoint's {key} of {name} has shape {tuple(other[key].shape)}, this "
-                        f"optimizer's {tuple(entry[key].shape)}: build it with the rank that wrote it"
+                        f"the checkpoint's {key} of {name} has shape {tuple(other[key].shape)}, "
+                        f"this optimizer's {tuple(entry[key].shape)}: build it with the rank and "
+                        "for the model that wrote it"
                     )
         for parameter, entry in self.by_parameter.items():
             for key, tensor in saved.get(parameter, {}).items():
@@ -143,10 +147,20 @@ def split(
 
     Returns:
         The base's state dict, and the wrapper's entries by parameter.
+
+    Raises:
+        ValueError: The groups differ in size.
     """
+    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError(
+            f"the checkpoint has parameter groups of {saved_sizes} parameters, this optimizer of "
+            f"{sizes}: build it on the same model, with the same groups"
+        )
     saved_keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in groups)
-    owner = dict(zip(saved_keys, parameters, strict=False))
+    owner = dict(zip(saved_keys, parameters, strict=True))
     base_state: dict[Any, Any] = {}
     own: dict[Tensor, dict[str, Any]] = {}
     for key, entry in state_dict["state"].items():

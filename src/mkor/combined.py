@@ -53,7 +53,7 @@ class Combined(Optimizer):
         self._share_state()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parts' groups, one part after the other."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -81,7 +81,7 @@ class Combined(Optimizer):
             )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every part.
 
         Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -56,8 +57,13 @@ class PartSums:
 class LayerKind(Protocol):
     """How a kind of layer reads as ``y = W x (+ b)``."""
 
-    d_in: int
-    d_out: int
+    @property
+    def d_in(self) -> int:
+        """Columns of ``W``."""
+
+    @property
+    def d_out(self) -> int:
+        """Rows of ``W``."""
 
     def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
         """Sums of ``a`` over the parts that ``pick`` chooses from the layer's input."""
@@ -143,7 +149,7 @@ def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
 def _flattens(x: Tensor) -> bool:
     """Whether the leading dimensions merge into one without a copy."""
     lead = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
-    return all(outer == n * inner for (_, outer), (n, inner) in zip(lead, lead[1:], strict=False))
+    return all(outer == n * inner for (_, outer), (n, inner) in pairwise(lead))
 
 
 @dataclass(frozen=True)

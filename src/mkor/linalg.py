@@ -46,7 +46,7 @@ def bias_correction(updates: Tensor, momentum: float, dtype: torch.dtype) -> Ten
     """The sum ``1 - gamma^t`` of the weights of an exponential average after ``t`` updates.
 
     Args:
-        updates: ``t``, an integer tensor of any shape; 0 is read as 1, so that nothing divides by 0.
+        updates: ``t``, an integer tensor of any shape; 0 is read as 1, so nothing divides by 0.
         momentum: ``gamma``, in (0, 1).
         dtype: Of the result.
 
@@ -117,9 +117,10 @@ def precondition_left(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, T
 def precondition_right(
     U: Tensor, u: Tensor, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right, in ``4 r d_out d_in`` operations.
+    """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right.
 
-    Weight and bias are two blocks of one product; no column is appended to the gradient.
+    Costs ``4 r d_out d_in`` operations. Weight and bias are two blocks of one product; no
+    column is appended to the gradient.
 
     Args:
         U: ``[B, r, d_in]``.
@@ -163,10 +164,10 @@ def inner(W: Tensor, b: Tensor | None, W2: Tensor, b2: Tensor | None) -> Tensor:
     Returns:
         ``[B]``.
     """
-    product = torch.linalg.vecdot(W.flatten(1), W2.flatten(1))
+    product: Tensor = torch.linalg.vecdot(W.flatten(1), W2.flatten(1))
     if b is None or b2 is None:
         return product
-    return product + torch.linalg.vecdot(b.flatten(1), b2.flatten(1))
+    return product.add(torch.linalg.vecdot(b.flatten(1), b2.flatten(1)))
 
 
 def norm_ratio(raw: Tensor, preconditioned: Tensor) -> Tensor:

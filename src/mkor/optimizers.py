@@ -19,13 +19,14 @@ class MKOR(Preconditioned):
     """Second-order steps from a window of mean vectors, over any base optimizer.
 
     Each layer's gradient ``M [d_out, d_in]`` becomes ``L^-1 M R^-1`` with factors built from the
-    newest ``rank`` mean vectors of its inputs and output gradients. A step costs
-    ``8 rank d_out d_in`` operations per layer more than the base's, memory is ``rank (d_out + d_in)``.
+    newest ``rank`` mean vectors of its inputs and output gradients. Beside the base's step that
+    costs ``8 rank d_out d_in`` operations and ``rank (d_out + d_in)`` numbers per layer.
 
     Example:
         >>> import torch
         >>> from mkor import MKOR
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
         >>> optimizer = MKOR(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
         >>> model(torch.ones(16, 4)).square().mean().backward()
         >>> optimizer.step()

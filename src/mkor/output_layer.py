@@ -28,6 +28,8 @@ class OutputSearch:
         self._fed: dict[Hashable, set[Hashable]] = {}
         self._reached: set[Hashable] = set()
         self._not_last: set[Hashable] = set()
+        self._replaying = self._opened = False
+        self._opening: set[Hashable] = set()
 
     def forward(self, layer: Hashable, x: Tensor, output: Tensor) -> None:
         """Note that a layer ran.
@@ -41,10 +43,13 @@ class OutputSearch:
             self._fed.setdefault(producer, set()).add(layer)
         if output.grad_fn is not None:
             self._producers[output.grad_fn] = layer
-        # Reentrant checkpointing replays a segment in the backward pass, cut off from the rest of
-        # the graph: whatever it replays lies before the layers that were already reached.
-        if self._reached and torch._C._current_graph_task_id() != -1:
-            self._not_last.add(layer)
+        if torch._C._current_graph_task_id() == -1:
+            self._replaying = self._opened = False
+            self._opening.clear()
+        else:
+            self._replaying = True
+            if not self._opened:
+                self._opening.add(layer)
 
     def backward(self, layer: Hashable) -> None:
         """Note that the loss depends on a layer.
@@ -52,6 +57,11 @@ class OutputSearch:
         Args:
             layer: Its key.
         """
+        # Reentrant checkpointing replays segments in the backward pass, cut off from the rest of
+        # the graph. What is reached from then on lies further from the loss, but for the first.
+        if self._replaying and layer not in self._opening:
+            self._not_last.add(layer)
+        self._opened = True
         self._reached.add(layer)
 
     @property

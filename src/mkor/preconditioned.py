@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,24 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
-from mkor.batches import allocate
-from mkor.capture import ForwardHook, Gate
+from mkor.capture import Gate
 from mkor.communication import Communicator
 from mkor.coverage import Coverage, report
 from mkor.curvature.contract import Curvature
-from mkor.output_layer import EagerUntilFound, OutputSearch
 from mkor.profiling import span
-from mkor.selection import Skip, select
-from mkor.validation import check_base, check_model, check_options
+from mkor.selection import Skip
+from mkor.validation import check_base, check_curvature, check_model, check_options
+from mkor.watch import Watch
 
 __all__ = ["Preconditioned"]
-
-_PATIENCE = 10
-"""Steps without a capture before the wrapper asks the device whether compiled code captured any."""
-
-_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Preconditioned]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class Preconditioned(Optimizer):
@@ -53,7 +43,7 @@ class Preconditioned(Optimizer):
         skip: Modules, module types and ``fnmatch`` patterns on module names to leave to the base.
         skip_output: Leave the layers next to the loss to the base. They are found in the first
             backward pass, which therefore runs compiled models eagerly.
-        sides: Which sides are preconditioned: ``"both"``, ``"left"`` (outputs), ``"right"`` (inputs).
+        sides: The sides in use: ``"both"``, ``"left"`` (outputs) or ``"right"`` (inputs).
         nonfinite: ``"propagate"`` steps on non-finite gradients as PyTorch does; ``"skip"`` leaves
             weights and base state alone in such a step, at the price of one synchronisation a step.
         process_group: For the sum of statistics; None for the default group.
@@ -79,6 +69,7 @@ class Preconditioned(Optimizer):
     ) -> None:
         check_model(model)
         check_base(model, optimizer, Preconditioned)
+        check_curvature(curvature)
         check_options(update_every, rescale, sides, nonfinite, skip_output)
         self._constructed = False
         super().__init__(list(checkpoint.all_parameters(optimizer.param_groups)), {})
@@ -98,21 +89,18 @@ class Preconditioned(Optimizer):
         self._gate = Gate(
             curvature.vectors, curvature.rows, left=sides != "right", right=sides != "left"
         )
-        self._steps = self._updates = self._silent = 0
+        self._steps = self._updates = self._skipped_steps = 0
         self._passes = 1
-        self._skipped_steps = 0
         self._counters = checkpoint.counters()
         self._published = False
         self._closed = False
-        self._handles: list[Any] = []
-        self._eager: EagerUntilFound | None = None
-        self._build()
-        weakref.finalize(self, _release, self._handles, self._gate)
+        self._watch, self._entries = self._build()
+        self._begin()
 
     # ---------------------------------------------------------------- an optimizer like any other
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups."""
         return self.base.param_groups
 
@@ -122,7 +110,7 @@ class Preconditioned(Optimizer):
             self.base.param_groups = groups
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The base's state, with the factors of preconditioned weights after the first step."""
         return self.base.state
 
@@ -141,10 +129,10 @@ class Preconditioned(Optimizer):
             return
         self.base.add_param_group(param_group)
         if not self._closed:
-            self._rebuild()
+            self._notice_new_parameters()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Precondition the gradients in place and step the base.
 
         Args:
@@ -175,7 +163,7 @@ class Preconditioned(Optimizer):
             set_to_none: Set gradients to None rather than 0.
         """
         self.base.zero_grad(set_to_none)
-        self._drop_captures()
+        self._watch.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state and the factors, in torch's format.
@@ -194,7 +182,7 @@ class Preconditioned(Optimizer):
             state_dict: From :meth:`state_dict`, keyed by numbers or names.
 
         Raises:
-            ValueError: It was written by a newer version or with other settings.
+            ValueError: It was written by a newer version, for another model or with other settings.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
@@ -203,10 +191,11 @@ class Preconditioned(Optimizer):
         if own and not self._closed:
             first = next(iter(own.values()))
             steps, updates, passes = checkpoint.read_counters(first[checkpoint.PREFIX + "counters"])
-            self._entries.copy_from(own, self._names())
+            names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+            self._entries.copy_from(own, names)
             self._steps, self._updates, self._passes = steps, updates, passes
-            self._read_outputs()
-            self._prepare_next()
+            self._watch.apply_decision()
+            self._begin()
         with self._own_entries_out():
             self.base.load_state_dict(base_part)
         if own and not self._closed:
@@ -231,9 +220,7 @@ class Preconditioned(Optimizer):
             return
         self._entries.take(self.base.state)
         self._closed = True
-        _release(self._handles, self._gate)
-        self._end_search()
-        self._batches, self._buffers = [], []
+        self._watch.close()
 
     def no_capture(self) -> AbstractContextManager[None]:
         """Forward and backward passes inside this context do not count (gradient penalties).
@@ -249,16 +236,19 @@ class Preconditioned(Optimizer):
         Returns:
             One row per parameter with rank, memory and cost; prints as a table.
         """
+        if not self._closed:
+            self._notice_new_parameters()
         searching = self._gate.search is not None
-        return report(self._model, self._selection, self._batches, searching, self.param_groups)
+        watch = self._watch
+        return report(self._model, watch.selection, watch.batches, searching, self.param_groups)
 
     def diagnostics(self) -> dict[str, float]:
         """Figures of the last step, for any logger. Synchronises the device; free when not called.
 
         Per preconditioned layer, as ``layer/figure``: ``cosine`` between raw and preconditioned
         gradient; ``norm_ratio``, the length after over before preconditioning, without rescaling;
-        each side's figures (for windows ``left_lambda``, ``left_effective_rank``, ...). Counted from
-        construction on: ``refused_updates``, updates dropped because a batch was not finite, and
+        each side's figures (for windows ``left_lambda``, ``left_effective_rank``, ...). Counted
+        from construction on: ``refused_updates``, dropped because a batch was not finite, and
         ``raw_gradients``, preconditioned gradients that were not finite and gave way to the raw
         ones. Totals are under ``mkor/``.
 
@@ -268,7 +258,7 @@ class Preconditioned(Optimizer):
         figures: dict[str, float] = {}
         totals = torch.zeros(2, dtype=torch.int64)
         cosines: list[float] = []
-        for batch in self._batches:
+        for batch in self._watch.batches:
             totals += batch.refused.sum(1).cpu()
             for name, numbers in batch.figures().items():
                 figures.update({f"{name}/{key}": value for key, value in numbers.items()})
@@ -285,165 +275,82 @@ class Preconditioned(Optimizer):
     # ------------------------------------------------------------------------------------ phases
 
     def _precondition(self) -> None:
-        if self._gate.search is not None:
-            self._decide_outputs(self._gate.search)
+        self._notice_new_parameters()
+        watch = self._watch
+        watch.decide_outputs()
         due = self._steps % self.update_every == 0
         if due:
-            self._check_captures()
+            watch.check_captures()
             with span("mkor.reduce"):
-                self._communicator.sum(self._buffers)
+                self._communicator.sum(watch.buffers)
         with span("mkor.update"):
             self._update(due)
         with span("mkor.precondition"):
-            for batch in self._batches:
+            for batch in watch.batches:
                 batch.precondition(due, self.rescale)
         self._steps += 1
         self._updates += due
         self._passes = max(1, self._gate.passes.most)
-        self._drop_captures()
-        self._prepare_next()
+        watch.forget()
+        self._begin()
         self._publish()
 
     def _update(self, due: bool) -> None:
-        bad = [batch.measure() for batch in self._batches]
+        batches = self._watch.batches
+        bad = [batch.measure() for batch in batches]
         if not (due and bad):
             return
         refuse = torch.stack([flag.to(bad[0].device) for flag in bad]).any()
         scale = 1.0 / (self.loss_scale * self._communicator.world_size)
-        for batch in self._batches:
+        for batch in batches:
             batch.update(refuse.to(batch.shape.device), scale)
 
-    def _check_captures(self) -> None:
-        """Notice hooks that never run, without asking the device in every step."""
-        if self._gate.calls or not self._gate.passes.most or self._silent < 0:
-            return
-        self._silent += 1
-        if self._silent < _PATIENCE:
-            return
-        if any(bool(batch.meta.any()) for batch in self._batches):
-            self._silent = -1
-            return
-        raise RuntimeError(
-            f"{_PATIENCE} steps had gradients but not one layer's hook ran: wrap the optimizer "
-            "before the first call of a compiled model (or call torch.compiler.reset() and compile "
-            "again), and do not remove the model's forward hooks"
-        )
-
-    def _gradients_finite(self) -> bool:
-        gradients = [p.grad for p in checkpoint.all_parameters(self.param_groups)]
-        norms = torch._foreach_norm([g for g in gradients if g is not None])
-        return all(bool(norm.isfinite()) for norm in norms)
-
-    def _prepare_next(self) -> None:
-        gate = self._gate
-        gate.update = self._updates
-        if self.curvature.rows is not None:
-            shares = self._passes * self._communicator.world_size
-            gate.rows = max(1, self.curvature.rows // shares)
-        for batch in self._batches:
-            batch.tick.fill_(self._updates)
-        gate.want(self._steps % self.update_every == 0)
+    def _begin(self) -> None:
+        """Prepare for the passes of the next step."""
+        rows = self.curvature.rows
+        if rows is not None:
+            rows = max(1, rows // (self._passes * self._communicator.world_size))
+        self._watch.begin(self._updates, self._steps % self.update_every == 0, rows)
         numbers = (checkpoint.VERSION, self._steps, self._updates, self._passes)
         self._counters.copy_(torch.tensor(numbers))
 
-    def _drop_captures(self) -> None:
-        self._gate.forget()
-        for buffer in self._buffers:
-            buffer.zero_()
+    def _gradients_finite(self) -> bool:
+        gradients = [p.grad for p in checkpoint.all_parameters(self.param_groups)]
+        present = [g for g in gradients if g is not None]
+        norms = torch._foreach_norm(present) if present else ()
+        return all(bool(norm.isfinite()) for norm in norms)
 
-    # ------------------------------------------------------------------------------ construction
+    # ------------------------------------------------------------------ layers and their entries
 
-    def _build(self) -> None:
+    def _build(self) -> tuple[Watch, checkpoint.Entries]:
         parameters = list(checkpoint.all_parameters(self.param_groups))
-        self._selection = select(self._model, parameters, self._skip)
-        chosen = [layer for layer in self._selection.layers if not layer.reason]
-        self._batches, self._buffers = allocate(chosen, self.curvature, self._gate)
-        self._entries = checkpoint.Entries(self._batches, parameters, self._counters)
-        _claim(self, [m for layer in self._selection.layers for m in layer.modules])
-        if not chosen:
-            warnings.warn(
-                "MKOR preconditions no layer of this model; print(optimizer.coverage()) says why",
-                stacklevel=4,
-            )
-        elif self._skip_output:
-            self._gate.search = OutputSearch()
-            self._eager = EagerUntilFound()
-        self._install()
+        watch = Watch(
+            self._model,
+            parameters,
+            self.curvature,
+            self._gate,
+            self._skip,
+            self._skip_output,
+            self._communicator,
+            self.close,
+        )
+        return watch, checkpoint.Entries(watch.batches, parameters, self._counters)
 
-    def _install(self) -> None:
-        _release(self._handles)
-        sites = {
-            layer.name: site
-            for batch in self._batches
-            for layer, site, skipped in zip(batch.layers, batch.sites, batch.skipped, strict=True)
-            if not skipped
-        }
-        for layer in self._selection.layers:
-            site = sites.get(layer.name)
-            if site is None and self._gate.search is None:
-                continue
-            for module in layer.modules:
-                hook = ForwardHook(self._gate, layer.name, site)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            if site is not None:
-                counter = self._gate.passes.counter(layer.name, self._gate)
-                self._handles.append(layer.weight.register_post_accumulate_grad_hook(counter))
+    def _notice_new_parameters(self) -> None:
+        """A part of a combined base may have got a group of its own."""
+        if sum(len(group["params"]) for group in self.param_groups) != len(self._entries):
+            self._rebuild()
 
     def _rebuild(self) -> None:
         before = self._entries
-        self._entries.take(self.base.state)
-        self._end_search()
-        self._build()
+        before.take(self.base.state)
+        self._watch.close()
+        self._watch, self._entries = self._build()
         self._entries.copy_from(before.by_parameter, {})
-        self._read_outputs()
-        self._prepare_next()
+        self._watch.apply_decision()
+        self._begin()
         if self._published:
             self._publish()
-
-    # ------------------------------------------------------------------------- the output layers
-
-    def _decide_outputs(self, search: OutputSearch) -> None:
-        names = [layer.name for layer in self._selection.layers]
-        outputs = search.outputs()
-        votes = torch.tensor(
-            [[float(name in search.reached), float(name in outputs)] for name in names]
-        )
-        reached, output = self._communicator.sum_small(votes).unbind(1)
-        if not bool(reached.any()):
-            return
-        decided = {
-            name
-            for name, r, o in zip(names, reached.tolist(), output.tolist(), strict=True)
-            if r == o > 0
-        }
-        for batch in self._batches:
-            flags = [int(layer.name in decided) for layer in batch.layers]
-            batch.state["output"].copy_(torch.tensor(flags))
-        self._read_outputs()
-
-    def _read_outputs(self) -> None:
-        """Act on the recorded decision, if there is one."""
-        flags = [batch.state["output"].tolist() for batch in self._batches]
-        if not self._batches or any(flag < 0 for group in flags for flag in group):
-            return
-        for batch, group in zip(self._batches, flags, strict=True):
-            batch.skipped = [self._skip_output and bool(flag) for flag in group]
-        if all(all(batch.skipped) for batch in self._batches):
-            warnings.warn(
-                "MKOR preconditions no layer of this model: all that it could are next to the loss; "
-                "pass skip_output=False to include them",
-                stacklevel=4,
-            )
-        self._end_search()
-        self._install()
-
-    def _end_search(self) -> None:
-        self._gate.search = None
-        if self._eager is not None:
-            self._eager.release()
-            self._eager = None
-
-    # ------------------------------------------------------------------ entries in the base's state
 
     def _publish(self) -> None:
         self._published = True
@@ -458,30 +365,3 @@ class Preconditioned(Optimizer):
         finally:
             if self._published and not self._closed:
                 self._entries.put(self.base.state)
-
-    def _names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self._model.named_parameters()}
-
-
-def _claim(wrapper: Preconditioned, modules: list[nn.Module]) -> None:
-    """Make a wrapper the only one of its modules."""
-    for module in modules:
-        reference = _wrappers.get(module)
-        other = None if reference is None else reference()
-        if other is not None and other is not wrapper and not other._closed:
-            warnings.warn(
-                f"a {type(other).__name__} already watches this model; it is closed and the new one "
-                "takes over",
-                stacklevel=5,
-            )
-            other.close()
-        _wrappers[module] = weakref.ref(wrapper)
-
-
-def _release(handles: list[Any], gate: Gate | None = None) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-    if gate is not None:
-        gate.want(False)
-        gate.search = None

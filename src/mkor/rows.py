@@ -36,7 +36,7 @@ class Chunks:
         """Where the first chunk starts in a given update.
 
         Args:
-            update: Number of updates so far, as an int or, where ints would be compiled in, a tensor.
+            update: Number of updates so far: an int, or a tensor in compiled code.
 
         Returns:
             Offsets step through the samples in strides of one chunk, so that a full turn visits

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-__all__ = ["check_base", "check_model", "check_options"]
+__all__ = ["check_base", "check_curvature", "check_model", "check_options"]
 
 
 def check_model(model: object) -> None:
@@ -24,7 +24,8 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: call MKOR(model, optimizer)"
+            f"model must be a torch.nn.Module, got {type(model).__name__}: call "
+            "MKOR(model, optimizer)"
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
@@ -70,14 +71,32 @@ def check_base(model: nn.Module, optimizer: object, wrapper: type[Optimizer]) ->
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
-            f"{type(optimizer).__name__} evaluates the model inside step() and cannot be wrapped: use "
-            "an optimizer whose step() needs no closure"
+            f"{type(optimizer).__name__} evaluates the model inside step() and cannot be wrapped: "
+            "use an optimizer whose step() needs no closure"
         )
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             "optimizer holds none of the model's parameters: build it from this model's "
             "parameters()"
+        )
+
+
+def check_curvature(curvature: object) -> None:
+    """Refuse what is no kind of factor.
+
+    Args:
+        curvature: Should have the methods of ``mkor.curvature.contract.Curvature``.
+
+    Raises:
+        TypeError: It has not.
+    """
+    missing = [
+        name for name in ("init", "update", "prepare", "apply") if not hasattr(curvature, name)
+    ]
+    if missing or isinstance(curvature, type):
+        raise TypeError(
+            f"curvature must be a kind of factor such as mkor.Window(), got {curvature!r}"
         )
 
 

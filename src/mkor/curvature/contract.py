@@ -70,19 +70,19 @@ class Curvature(Protocol):
     """A kind of factor. Its state is a dict of tensors with one row per layer.
 
     The state holds ``updates [B]``, an integer tensor: how many updates each layer has taken.
-
-    Attributes:
-        vectors: Vectors per update, ``k``.
-        rows: Rows per vector, ``m``; None for all.
-        momentum: ``gamma``, also used by ``rescale="running"``.
     """
 
     @property
-    def vectors(self) -> int: ...
+    def vectors(self) -> int:
+        """Vectors per update, ``k``."""
+
     @property
-    def rows(self) -> int | None: ...
+    def rows(self) -> int | None:
+        """Rows per vector, ``m``; None for all."""
+
     @property
-    def momentum(self) -> float: ...
+    def momentum(self) -> float:
+        """``gamma``, also used by ``rescale="running"``."""
 
     def init(self, shape: BatchShape) -> dict[str, Tensor]:
         """Allocate the state: no update taken, every side the identity."""

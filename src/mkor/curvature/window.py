@@ -1,9 +1,9 @@
-"""The window factor: the newest ``r`` statistics vectors of a side, inverted exactly (DESIGN 2.3).
+"""The window factor: the newest ``r`` statistics vectors of a side, inverted exactly.
 
 After ``t`` updates a side is ``S = lambda I + sum_i w_i v_i v_i^T`` over the window, with
 ``w_i = (1-gamma) gamma^age / (k_i (1-gamma^t))``. Its inverse is ``(I - U^T U) / lambda`` with
-``U = C V`` and an ``r x r`` matrix ``C``; the constant ``1/lambda`` is dropped. The window is a ring
-buffer; its Gram matrix ``V V^T`` is kept up to date, so an update costs ``2 k r d`` operations.
+``U = C V`` and an ``r x r`` matrix ``C``; the constant ``1/lambda`` is dropped. The window is a
+ring buffer; its Gram matrix ``V V^T`` is kept up to date: an update costs ``2 k r d`` operations.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ __all__ = ["Window"]
 class Window:
     """Window factors.
 
-    State, per side: ``rows [B, r, d]`` (``v_i``), ``gram [B, r, r]`` (``V V^T``, without the ones of
-    a bias) and ``mean_square [B]`` (running, not bias-corrected). For both sides: ``weights [B, r]``
-    (``(1-gamma) gamma^age / k_i``), ``updates [B]`` (``t``), ``written [B]`` (vectors so far).
+    State, per side: ``rows [B, r, d]`` (``v_i``), ``gram [B, r, r]`` (``V V^T``, without the ones
+    of a bias) and ``mean_square [B]`` (running, not bias-corrected). For both sides:
+    ``weights [B, r]`` (``(1-gamma) gamma^age / k_i``), ``updates [B]`` (``t``) and
+    ``written [B]`` (vectors so far).
 
     Attributes:
         rank: Vectors per side, ``r``.
@@ -75,8 +76,8 @@ class Window:
             return
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(
-                f"factor_dtype must be a floating-point torch.dtype such as torch.bfloat16 or None, "
-                f"got {dtype!r}"
+                "factor_dtype must be a floating-point torch.dtype such as torch.bfloat16 or "
+                f"None, got {dtype!r}"
             )
 
     def init(self, shape: BatchShape) -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ class Window:
 
         weights = state["weights"]
         aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
-        fresh = ((1.0 - self.momentum) / made.clamp(min=1)).to(aged.dtype).unsqueeze(1)
+        fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
         weights.copy_(aged.scatter(1, places, torch.where(new, fresh, aged.gather(1, places))))
         for side, vectors in statistics.vectors.items():
             ring, gram = state[f"{side}_rows"], state[f"{side}_gram"]
@@ -132,7 +133,7 @@ class Window:
             ring.scatter_(1, wide, written)
             products = ring.to(gram.dtype) @ written.to(gram.dtype).mT
             columns = places.unsqueeze(1).expand_as(products)
-            products = torch.where(new.unsqueeze(1), products, gram.gather(2, columns))
+            products = torch.where(accept[:, None, None], products, gram.gather(2, columns))
             gram.scatter_(2, columns, products).scatter_(1, columns.mT, products.mT)
             average = state[f"{side}_mean_square"]
             moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)

@@ -1,0 +1,214 @@
+"""A model under watch: which layers are hooked, where their sums go, which are outputs."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mkor.batches import Batch, allocate
+from mkor.capture import ForwardHook, Gate
+from mkor.communication import Communicator
+from mkor.curvature.contract import Curvature
+from mkor.output_layer import EagerUntilFound, OutputSearch
+from mkor.selection import Skip, select
+
+__all__ = ["Watch"]
+
+PATIENCE = 10
+"""Steps without a capture before the device is asked whether compiled code captured any."""
+
+_watches: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+
+
+class Watch:
+    """Hooks on the layers of a model, and the batches their statistics go to.
+
+    Args:
+        model: The model.
+        parameters: The base optimizer's.
+        curvature: The kind of factor.
+        gate: Shared by the hooks.
+        skip: What the user leaves to the base.
+        skip_output: Whether the layers next to the loss are left to the base.
+        communicator: The processes that train together.
+        close: Closes the owner of this watch when another takes its layers over.
+
+    Attributes:
+        selection: What was chosen in the model.
+        batches: The preconditioned layers by shape.
+        buffers: One flat buffer of sums per device and dtype.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        curvature: Curvature,
+        gate: Gate,
+        skip: Skip,
+        skip_output: bool,
+        communicator: Communicator,
+        close: Callable[[], None],
+    ) -> None:
+        self.gate = gate
+        self._skip_output = skip_output
+        self._communicator = communicator
+        self._handles: list[Any] = []
+        self._eager: EagerUntilFound | None = None
+        self._silent = 0
+        self.selection = select(model, parameters, skip)
+        chosen = [layer for layer in self.selection.layers if not layer.reason]
+        self.batches: list[Batch]
+        self.buffers: list[Tensor]
+        self.batches, self.buffers = allocate(chosen, curvature, gate)
+        self._close_owner = weakref.WeakMethod(close)
+        self._closed = False
+        self._claim()
+        if not chosen:
+            warnings.warn(
+                "no layer of this model is preconditioned; print(optimizer.coverage()) says why",
+                stacklevel=5,
+            )
+        elif skip_output:
+            gate.search = OutputSearch()
+            self._eager = EagerUntilFound()
+        self._install()
+        weakref.finalize(self, _release, self._handles, gate, self._eager)
+
+    def forget(self) -> None:
+        """Drop what was captured since the last step."""
+        self.gate.forget()
+        for buffer in self.buffers:
+            buffer.zero_()
+
+    def begin(self, updates: int, wanted: bool, rows: int | None) -> None:
+        """Prepare the hooks for the passes of the next step.
+
+        Args:
+            updates: Updates so far.
+            wanted: Whether the step takes an update.
+            rows: Rows per vector and micro-batch; None for all.
+        """
+        self.gate.update, self.gate.rows = updates, rows
+        for batch in self.batches:
+            batch.tick.fill_(updates)
+        self.gate.want(wanted)
+
+    def check_captures(self) -> None:
+        """Notice hooks that never run, without asking the device in every step.
+
+        Raises:
+            RuntimeError: Several steps had gradients, but nothing was captured.
+        """
+        if self.gate.calls or not self.gate.passes.most or self._silent < 0:
+            return
+        self._silent += 1
+        if self._silent < PATIENCE:
+            return
+        if any(bool(batch.meta.any()) for batch in self.batches):
+            self._silent = -1
+            return
+        raise RuntimeError(
+            f"{PATIENCE} steps had gradients but not one layer's hook ran: wrap the optimizer "
+            "before the first call of a compiled model (or call torch.compiler.reset() and compile "
+            "again), and do not remove the model's forward hooks"
+        )
+
+    def decide_outputs(self) -> None:
+        """Find the output layers once a backward pass has run, the same on all processes."""
+        search = self.gate.search
+        if search is None:
+            return
+        names = [layer.name for layer in self.selection.layers]
+        outputs = search.outputs()
+        votes = [[float(name in search.reached), float(name in outputs)] for name in names]
+        reached, output = self._communicator.sum_small(torch.tensor(votes)).T.tolist()
+        if not any(reached):
+            return
+        # Unanimous among the processes that used the layer.
+        decided = {n for n, r, o in zip(names, reached, output, strict=True) if r == o > 0}
+        for batch in self.batches:
+            flags = [int(layer.name in decided) for layer in batch.layers]
+            batch.state["output"].copy_(torch.tensor(flags))
+        self.apply_decision()
+
+    def apply_decision(self) -> None:
+        """Act on the decision recorded in the batches' state, if there is one."""
+        flags = [batch.state["output"].tolist() for batch in self.batches]
+        if not flags or any(flag < 0 for group in flags for flag in group):
+            return
+        for batch, group in zip(self.batches, flags, strict=True):
+            batch.skipped = [self._skip_output and bool(flag) for flag in group]
+        if all(all(batch.skipped) for batch in self.batches):
+            warnings.warn(
+                "no layer of this model is preconditioned: all that could be are next to the "
+                "loss; pass skip_output=False to include them",
+                stacklevel=5,
+            )
+        self._end_search()
+        self._install()
+
+    def close(self) -> None:
+        """Take the hooks off and free the factors."""
+        self._closed = True
+        _release(self._handles, self.gate, None)
+        self._end_search()
+        self.batches, self.buffers = [], []
+
+    def _claim(self) -> None:
+        """Be the only watch of these layers."""
+        for module in (m for layer in self.selection.layers for m in layer.modules):
+            reference = _watches.get(module)
+            other = None if reference is None else reference()
+            close = None if other is None or other._closed else other._close_owner()
+            if close is not None:
+                warnings.warn(
+                    "another wrapper already watches this model; it is closed and the new one "
+                    "takes over",
+                    stacklevel=6,
+                )
+                close()
+            _watches[module] = weakref.ref(self)
+
+    def _install(self) -> None:
+        _remove(self._handles)
+        sites = {
+            layer.name: site
+            for batch in self.batches
+            for layer, site, skipped in zip(batch.layers, batch.sites, batch.skipped, strict=True)
+            if not skipped
+        }
+        for layer in self.selection.layers:
+            site = sites.get(layer.name)
+            if site is None and self.gate.search is None:
+                continue
+            for module in layer.modules:
+                hook = ForwardHook(self.gate, layer.name, site)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if site is not None:
+                counter = self.gate.passes.counter(layer.name, self.gate)
+                self._handles.append(layer.weight.register_post_accumulate_grad_hook(counter))
+
+    def _end_search(self) -> None:
+        self.gate.search = None
+        if self._eager is not None:
+            self._eager.release()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _release(handles: list[Any], gate: Gate, eager: EagerUntilFound | None) -> None:
+    _remove(handles)
+    gate.want(False)
+    gate.search = None
+    if eager is not None:
+        eager.release()
