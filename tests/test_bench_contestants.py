@@ -125,5 +125,10 @@ def test_a_wrapper_searches_where_its_base_does() -> None:
     assert centre(parse_contestant("adamw[lr=0.5]"), "text-lm") == 0.5
     for base in BASES:
         wrapped = centre(parse_contestant(f"mkor+{base}"), "text-lm")
-        factor = WRAPPERS["mkor"].rates.get(base, 1.0)
-        assert wrapped == pytest.approx(factor * centre(parse_contestant(base), "text-lm"))
+        assert wrapped == centre(parse_contestant(base), "text-lm")
+
+
+def test_muon_refuses_a_model_without_hidden_matrices() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(UsageError, match="of which this model has none"):
+        check(parse_contestant("muon"), net)

@@ -7,15 +7,16 @@ import os
 import platform
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from mkor.bench.compare import write_files
 from mkor.bench.contestants import parse_contestants
+from mkor.bench.curves import GREY, dodge, lines_of, looks, short_labels
 from mkor.bench.files import COLUMNS, plain, write_csv, write_json
 from mkor.bench.match import Match
-from mkor.bench.plot import LABEL_GAP, dodge, lines_of, short_labels
 from mkor.bench.progress import LiveProgress, PlainProgress, Progress, clock, make_progress
 from mkor.bench.race import Race, Settings
 from mkor.bench.report import print_conditions, print_report
@@ -118,19 +119,32 @@ def test_a_picture_of_diverged_runs_alone_can_be_drawn(race: Race, tmp_path: Pat
 
 
 def test_labels_keep_their_distance_and_stay_near() -> None:
-    assert dodge([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
-    moved = dodge([0.5, 0.5, 0.52, 0.1], 0.1)
-    assert moved[3] == 0.1
-    gaps = [b - a for a, b in zip(sorted(moved[:3]), sorted(moved[:3])[1:], strict=False)]
-    assert gaps == pytest.approx([0.1, 0.1])
+    assert dodge([0.1, 0.5, 0.9], [0.1] * 3) == pytest.approx([0.1, 0.5, 0.9])
+    moved = dodge([0.5, 0.5, 0.52, 0.1], [0.1, 0.1, 0.3, 0.1])
+    assert moved[3] == pytest.approx(0.1)
+    assert [b - a for a, b in pairwise(moved[:3])] == pytest.approx([0.1, 0.2])
     assert sum(moved[:3]) == pytest.approx(0.5 + 0.5 + 0.52)
-    assert dodge([], LABEL_GAP) == []
+    assert dodge([-0.2, 0.0], [0.1, 0.1]) == pytest.approx([0.0, 0.1])
+    assert dodge([1.3, 0.99], [0.1, 0.1]) == pytest.approx([1.0, 0.9])
+    assert dodge([], []) == []
+
+
+def test_a_colour_for_each_base(race: Race) -> None:
+    chosen = looks(race)
+    assert chosen["adamw"].colour == GREY
+    assert len({look.colour for look in chosen.values()}) == 3
+    names = "sgd,lamb,mkor+lamb,mkor[rank=8]+lamb"
+    settings = replace(race.settings, contestants=tuple(parse_contestants(names)), baseline="sgd")
+    _, base, first, second = looks(Race(settings)).values()
+    assert first.colour == second.colour == base.ink != base.colour
+    assert first.style != second.style
+    assert first.width > base.width
 
 
 def test_labels_drop_their_options_where_names_are_enough() -> None:
     assert short_labels(["adamw", "mkor[a=1,b=2]+adamw"]) == ["adamw", "mkor+adamw"]
     assert short_labels(["mkor[a=1,b=2]+adamw", "mkor+adamw"]) == [
-        "mkor[a=1,\nb=2]+adamw",
+        "mkor[a=1,\nb=2]\n+adamw",
         "mkor+adamw",
     ]
 

@@ -59,14 +59,22 @@ def over_hidden(kind: Callable[..., Optimizer], model: nn.Module, keywords: Keyw
         keywords: What Muon is called with; `rest` is AdamW's learning rate over Muon's.
 
     Returns:
-        Both as one optimizer; AdamW alone where no matrix is hidden.
+        Both as one optimizer.
+
+    Raises:
+        UsageError: If no matrix is hidden, since torch's Muon takes nothing else.
     """
     rest_rate = keywords["lr"] * keywords.pop("rest")
     hidden = hidden_matrices(model)
+    if not hidden:
+        raise UsageError(
+            "muon is for the matrices of hidden linear layers, of which this model has none; "
+            "leave it out."
+        )
     chosen = {id(weight) for weight in hidden}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]
     adamw = AdamW(rest, lr=rest_rate, weight_decay=keywords["weight_decay"])
-    return mkor.Combined(kind(hidden, **keywords), adamw) if hidden else adamw
+    return mkor.Combined(kind(hidden, **keywords), adamw)
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,10 @@ class Wrapper:
     Attributes:
         name: The public name in `mkor`.
         defaults: Options that make this row.
-        rates: Factors on the centre of a base's grid, where a better one is known.
     """
 
     name: str
     defaults: Mapping[str, Value] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 BASES: Mapping[str, Base] = {
@@ -266,15 +272,15 @@ def centre(contestant: Contestant, task: str) -> float:
         task: The task.
 
     Returns:
-        The option `lr` of the base where it is given, else the table's.
+        The option `lr` of the base where it is given, else the table's, whatever is wrapped
+        around it.
     """
     base = contestant.base
     given = base.options.get("lr")
     if isinstance(given, int | float):
         return float(given)
     row = BASES[base.name]
-    factors = WRAPPERS[contestant.wrapper.name].rates if contestant.wrapper else {}
-    return row.rates.get(task, row.rate) * factors.get(base.name, 1.0)
+    return row.rates.get(task, row.rate)
 
 
 def grid(middle: float, trials: int) -> list[float]:

@@ -153,7 +153,7 @@ class Training:
         self.diverged = not math.isfinite(self.loss)
         if self.diverged:
             return
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         try:
             self.optimizer.step()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
