@@ -119,6 +119,18 @@ class Siamese(nn.Module):
         return self.head(h), self.head(-h)
 
 
+class Recurrent(nn.Module):
+    """A last layer that feeds only itself: no *other* layer lies between it and the loss."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.again = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.again(self.again(self.again(self.stem(x)).tanh()).tanh())
+
+
 class Tied(nn.Module):
     """The head has the embedding's weight: it is skipped for that, and the last block is not."""
 
@@ -167,6 +179,7 @@ class Convolutional(nn.Sequential):
         (DeepSupervision, {"last"}, X),
         (Residual, {"left", "right"}, X),
         (Siamese, {"head"}, X),
+        (Recurrent, {"again"}, X),
         (Tied, set(), TOKENS),
         (Convolutional, {"3"}, X),
     ],
