@@ -111,17 +111,46 @@ class Wrapper:
     defaults: Mapping[str, Value] = field(default_factory=dict)
 
 
+# The centres are the best of grids a factor of two apart, at the sizes and lengths that the
+# tasks have unless told otherwise.
 BASES: Mapping[str, Base] = {
-    "sgd": Base("torch.optim:SGD", 0.2, 5e-4, {"momentum": 0.9}),
-    "adamw": Base("torch.optim:AdamW", 3e-3, 0.01),
-    "lamb": Base("pytorch_optimizer:Lamb", 0.02, 0.01),
-    "soap": Base("pytorch_optimizer:SOAP", 0.012, 0.01),
+    "sgd": Base(
+        "torch.optim:SGD",
+        0.1,
+        5e-4,
+        {"momentum": 0.9},
+        rates={"text-lm-torch-init": 0.4, "digits-mlp": 0.2, "digits-autoencoder": 0.05},
+    ),
+    "adamw": Base(
+        "torch.optim:AdamW",
+        3e-3,
+        0.01,
+        rates={
+            "text-lm-torch-init": 6e-3,
+            "digits-mlp": 0.012,
+            "digits-conv": 6e-3,
+            "digits-autoencoder": 0.02,
+        },
+    ),
+    "lamb": Base(
+        "pytorch_optimizer:Lamb",
+        0.02,
+        0.01,
+        rates={"text-lm": 0.01},
+    ),
+    "soap": Base(
+        "pytorch_optimizer:SOAP",
+        6e-3,
+        0.01,
+        rates={"text-lm-torch-init": 0.024, "digits-mlp": 0.012, "digits-autoencoder": 0.024},
+    ),
     "muon": Base(
         "torch.optim:Muon",
-        0.024,
+        0.012,
         0.01,
         {"adjust_lr_fn": "match_rms_adamw", "rest": 1.0},
         over_hidden,
+        {"text-lm-torch-init": 0.024, "digits-autoencoder": 0.024},
     ),
 }
 

@@ -84,8 +84,8 @@ def match_cells(match: Match | None, *, baseline: bool, steps: int) -> list[str]
     return [str(match.steps), f"{match.step_ratio:.2f}x", f"{match.cpu_ratio:.2f}x"]
 
 
-HEADERS = ("contestant", "lr", "held-out loss", "+-", "ms/step", "time/step", "state")
-MATCH_HEADERS = ("steps to match", "steps", "time")
+HEADERS = ("contestant", "lr", "held-out loss", "+-", "cpu ms", "wall ms", "time", "state")
+MATCH_HEADERS = ("match", "steps", "time")
 
 
 def cells(summary: Summary) -> list[str]:
@@ -103,6 +103,7 @@ def cells(summary: Summary) -> list[str]:
         loss_text(summary.loss),
         "" if summary.spread is None else f"{summary.spread:.4f}",
         f"{summary.cpu_ms:.3g}",
+        f"{summary.wall_ms:.3g}",
         f"{summary.cpu_ratio:.2f}x",
         bytes_text(summary.state_bytes),
     ]
@@ -164,9 +165,15 @@ def print_report(race: Race, stream: TextIO) -> None:
     print(file=stream)
     print_table(headers, rows, stream, marked=best)
     print(
-        f"\nmean over {seeds} seed(s) after {settings.steps} steps; ratios are to "
-        f"{settings.baseline}; time is CPU time of training steps",
+        f"\nmean over {seeds} seed(s) after {settings.steps} steps; ms and time of a training "
+        f"step; ratios are to {settings.baseline}, of CPU time",
         file=stream,
     )
+    if settings.match:
+        print(
+            f"match: the fewest steps, with a whole schedule, that end level with "
+            f"{settings.baseline}; then their number and their time as ratios",
+            file=stream,
+        )
     if race.interrupted:
         print(f"interrupted: {seeds} of {settings.seeds} seeds are complete and kept", file=stream)
