@@ -121,11 +121,13 @@ def test_the_grid_goes_outwards_from_its_centre() -> None:
     assert grid(0.1, 5) == [0.1, 0.2, 0.05, 0.4, 0.025]
 
 
-def test_a_wrapper_searches_where_its_base_does() -> None:
+def test_a_wrapper_searches_where_its_base_does_unless_the_table_knows_better() -> None:
     assert centre(parse_contestant("adamw[lr=0.5]"), "text-lm") == 0.5
     for base in BASES:
-        wrapped = centre(parse_contestant(f"mkor+{base}"), "text-lm")
-        assert wrapped == centre(parse_contestant(base), "text-lm")
+        wrapped = centre(parse_contestant(f"mkor+{base}"), "another-task")
+        assert wrapped == centre(parse_contestant(base), "another-task")
+    assert centre(parse_contestant("mkor+adamw"), "text-lm") == 6e-3
+    assert centre(parse_contestant("adamw"), "text-lm") == 3e-3
 
 
 def test_muon_refuses_a_model_without_hidden_matrices() -> None:

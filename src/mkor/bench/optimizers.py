@@ -105,10 +105,12 @@ class Wrapper:
     Attributes:
         name: The public name in `mkor`.
         defaults: Options that make this row.
+        rates: Centres by task and base, where another one than the base's is known to be better.
     """
 
     name: str
     defaults: Mapping[str, Value] = field(default_factory=dict)
+    rates: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 # The centres are the best of grids a factor of two apart, at the sizes and lengths that the
@@ -155,7 +157,15 @@ BASES: Mapping[str, Base] = {
 }
 
 WRAPPERS: Mapping[str, Wrapper] = {
-    "mkor": Wrapper("MKOR"),
+    "mkor": Wrapper(
+        "MKOR",
+        rates={
+            ("text-lm", "adamw"): 6e-3,
+            ("text-lm", "lamb"): 0.02,
+            ("digits-conv", "sgd"): 0.05,
+            ("digits-conv", "adamw"): 3e-3,
+        },
+    ),
 }
 
 
@@ -301,15 +311,17 @@ def centre(contestant: Contestant, task: str) -> float:
         task: The task.
 
     Returns:
-        The option `lr` of the base where it is given, else the table's, whatever is wrapped
-        around it.
+        The option `lr` of the base where it is given, else the table's.
     """
     base = contestant.base
     given = base.options.get("lr")
     if isinstance(given, int | float):
         return float(given)
     row = BASES[base.name]
-    return row.rates.get(task, row.rate)
+    own = row.rates.get(task, row.rate)
+    if contestant.wrapper is None:
+        return own
+    return WRAPPERS[contestant.wrapper.name].rates.get((task, base.name), own)
 
 
 def grid(middle: float, trials: int) -> list[float]:
