@@ -102,12 +102,13 @@ def draw_panel(axes: Axes, race: Race, lines: Sequence[Line], *, time: bool) -> 
         axes.annotate(
             f"{ratio:.2f}x",
             (place, found.target),
-            xytext=(0, -9),
+            xytext=(0, 8),
             textcoords="offset points",
             color=line.look.colour,
             fontsize=9,
             ha="center",
-            va="top",
+            va="bottom",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )
 
 
