@@ -158,6 +158,27 @@ def test_autocast():
     assert relative(found, expected) < 0.05
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_autocast_does_not_reach_the_statistics(kind):
+    """Autocast would run a hook's own products in bfloat16: the vectors are float32 sums."""
+    linear, dims = kind is nn.Linear, int(kind.__name__[4]) if kind is not nn.Linear else 0
+    layer = kind(4, 3) if linear else kind(4, 3, 3, padding=1)
+    model = nn.Sequential(layer)
+    recorder = Recorder(model)
+    optimizer = wrapped(model, vectors=1, rank=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(1 + torch.rand(5, 4, *(6,) * dims))
+    out.float().square().mean().backward()
+    (statistics,) = (oracles.statistics(c, 1, True) for c in recorder.take()["0"])
+    optimizer.step()
+    d = statistics.a[0].numel() - 1
+    entry = optimizer.state[layer.weight]
+    vectors = [
+        v[0].double() for k, v in entry.items() if k.startswith("mkor") and v.shape == (1, d)
+    ]
+    assert any(relative(v, statistics.a[0][:d]) < 1e-5 for v in vectors)
+
+
 # ------------------------------------------------------------------------------- rows chosen
 
 
