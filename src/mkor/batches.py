@@ -126,22 +126,27 @@ class Batch:
         use = self.state["updates"] > 0
         if due:
             use = use & self.seen & self.finite
-        prepared = None
-        for part in self._gradients():
-            prepared = prepared or self.curvature.prepare(self.state, self.shape)
-            rows = {key: tensor[part.where] for key, tensor in prepared.items()}
-            P, p = self.curvature.apply(rows, part.W, part.b)
-            raw, norm = self.last[0, part.where], linalg.joint_norm(P, p)
-            keep = use[part.where] & norm.isfinite() & raw.isfinite()
-            ratio = self._ratio(part.where, raw, norm, keep, rescale)
-            self.last[1, part.where] = torch.where(keep, norm, raw)
-            product = linalg.inner(part.W, part.b, P, p)
-            self.last[2, part.where] = torch.where(keep, product, raw.square())
-            self.refused[1, part.where] += use[part.where] & ~keep
+        ready = self._ready()
+        if not ready:
+            return
+        first, beyond = ready[0], ready[-1] + 1
+        spanned = {key: tensor[first:beyond] for key, tensor in self.state.items()}
+        prepared = self.curvature.prepare(spanned, self.shape)
+        for part in self._gradients(ready):
+            rows = {key: _shifted(tensor, part.where, first) for key, tensor in prepared.items()}
+            raw, wanted = self.last[0, part.where], use[part.where]
+            P, p, ok = self.curvature.apply(rows, part.W, part.b, wanted & raw.isfinite())
+            norm = linalg.joint_norm(P, p)
+            self.last[1, part.where] = norm
+            self.last[2, part.where] = linalg.inner(part.W, part.b, P, p)
+            self.refused[1, part.where] += wanted & ~ok
+            ratio = self._ratio(part.where, raw, norm, ok, rescale)
             for i, layer in enumerate(part.layers):
-                _write(layer.weight, P[i].mul_(ratio[i]), keep[i])
-                if p is not None and layer.bias is not None:
-                    _write(layer.bias, p[i].mul_(ratio[i]), keep[i])
+                W, b = layer.gradients
+                assert W is not None
+                _write(W, P[i], ratio[i])
+                if p is not None and b is not None:
+                    _write(b, p[i], ratio[i])
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.
@@ -176,16 +181,19 @@ class Batch:
             return torch.ones_like(raw)
         if rescale == "running":
             raw, norm = moved.unbind(1)
-        return linalg.norm_ratio(raw, norm)
+        return torch.where(keep, linalg.norm_ratio(raw, norm), 1.0)
 
-    def _gradients(self) -> Iterator[_Gradients]:
-        ready = [
+    def _ready(self) -> list[int]:
+        """The layers that are preconditioned and have a gradient."""
+        return [
             i
             for i, layer in enumerate(self.layers)
             if not self.skipped[i] and layer.gradients[0] is not None
         ]
+
+    def _gradients(self, ready: list[int]) -> Iterator[_Gradients]:
         small = self.shape.d_out * self.shape.d_in < STACK_BELOW
-        for run in [ready] if small and ready else [[i] for i in ready]:
+        for run in [ready] if small else [[i] for i in ready]:
             layers = [self.layers[i] for i in run]
             weights, biases = zip(*(layer.gradients for layer in layers), strict=True)
             where = slice(run[0], run[-1] + 1) if run[-1] - run[0] + 1 == len(run) else run
@@ -201,15 +209,18 @@ class Batch:
         return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
-def _write(parameter: Tensor, new: Tensor, keep: Tensor) -> None:
-    grad = parameter.grad
-    if grad is None:
-        return
-    new = new.view(grad.shape)
-    if new.dtype == grad.dtype:
-        torch.where(keep, new, grad, out=grad)
+def _shifted(tensor: Tensor, where: slice | list[int], first: int) -> Tensor:
+    if isinstance(where, slice):
+        return tensor[where.start - first : where.stop - first]
+    return tensor[[i - first for i in where]]
+
+
+def _write(gradient: Tensor, new: Tensor, ratio: Tensor) -> None:
+    new = new.view(gradient.shape)
+    if new.dtype == gradient.dtype:
+        torch.mul(new, ratio, out=gradient)
     else:
-        grad.copy_(torch.where(keep, new.to(grad.dtype), grad))
+        gradient.copy_(new.mul_(ratio))
 
 
 def allocate(

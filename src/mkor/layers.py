@@ -76,9 +76,19 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _squares(runs: list[Tensor], dims: tuple[int, ...] | None = None) -> Tensor:
-    norms = [torch.linalg.vector_norm(run, dim=dims, dtype=_accumulator(run)) for run in runs]
-    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum(0)
+def _squares(runs: list[Tensor]) -> Tensor:
+    """Sum of all squares; part by part, since a norm over gaps between parts is slow."""
+    norms = [
+        torch.linalg.vector_norm(run.flatten(2), dim=(1, 2), dtype=_accumulator(run))
+        for run in runs
+    ]
+    return (norms[0] if len(norms) == 1 else torch.cat(norms)).square().sum()
+
+
+def _image_squares(runs: list[Tensor]) -> Tensor:
+    """``[1, channels, *spatial]``: squares summed over images."""
+    norms = [torch.linalg.vector_norm(run, dim=(0, 1), dtype=_accumulator(run)) for run in runs]
+    return torch.stack(norms).square().sum(0, keepdim=True)
 
 
 def _choose(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
@@ -180,11 +190,11 @@ class ConvKind:
         """
         x = self._batched(x)
         sizes = x.shape[2:]
-        positions = math.prod(self._outputs(axis, size) for axis, size in enumerate(sizes))
+        positions = math.prod([self._outputs(axis, size) for axis, size in enumerate(sizes)])
         runs, counts = self._images(x, pick, positions)
         maps = [self._axis_map(axis, size, x) for axis, size in enumerate(sizes)]
         images = sum_parts(runs, lambda run: run.sum(1, dtype=_accumulator(x)), pick.vectors)
-        square = _patch_sums(_squares(runs, (0, 1)).unsqueeze(0), maps).sum()
+        square = _patch_sums(_image_squares(runs), maps).sum()
         return PartSums(_patch_sums(images, maps).flatten(1), square, counts, len(x) * positions)
 
     def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
@@ -248,8 +258,9 @@ def _axis_map(
 
 def _patch_sums(images: Tensor, maps: list[Tensor]) -> Tensor:
     """``[k, channels, *spatial]`` to ``[k, channels, *kernel]``, one axis at a time."""
-    for axis_map in maps:
-        images = torch.tensordot(images, axis_map, dims=([2], [0]))
+    with torch.autocast(images.device.type, enabled=False):
+        for axis_map in maps:
+            images = torch.tensordot(images, axis_map, dims=([2], [0]))
     return images
 
 

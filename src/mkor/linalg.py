@@ -22,8 +22,8 @@ __all__ = [
     "joint_norm",
     "momentum_average",
     "norm_ratio",
-    "precondition_left",
-    "precondition_right",
+    "subtract_left",
+    "subtract_right",
     "whitening",
 ]
 
@@ -96,46 +96,54 @@ def whitening(gram: Tensor, weights: Tensor, damping: Tensor) -> Tensor:
     return torch.where(usable[:, None, None], C, 0.0)
 
 
-def precondition_left(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Multiply ``(I - U^T U)`` with the gradient from the left, in ``4 r d_out d_in`` operations.
+def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+    """Multiply ``(I - U^T U)`` with ``[W b]`` from the left, in place.
+
+    Costs ``4 r d_out d_in`` operations.
 
     Args:
         U: ``[B, r, d_out]``.
         W: ``[B, d_out, d_in]``.
         b: ``[B, d_out]``, or None for a layer without bias.
+        ok: ``[B]`` bool; other layers stay as they are.
 
     Returns:
-        The weight's and the bias's part, new tensors.
+        ``ok``, less the layers whose product is not finite; these stay as they are too.
     """
-    left = torch.baddbmm(W, U.mT, U @ W, alpha=-1)
-    if b is None:
-        return left, None
-    column = b.unsqueeze(-1)
-    return left, torch.baddbmm(column, U.mT, U @ column, alpha=-1).squeeze(-1)
+    X = U @ W
+    ok = ok & X.sum((1, 2)).isfinite()
+    W.baddbmm_(U.mT, torch.where(ok[:, None, None], X, 0.0), alpha=-1)
+    if b is not None:
+        x = U @ b.unsqueeze(-1)
+        b.sub_((U.mT @ torch.where(ok[:, None, None], x, 0.0)).squeeze(-1))
+    return ok
 
 
-def precondition_right(
-    U: Tensor, u: Tensor, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right.
+def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+    """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right, in place.
 
-    Costs ``4 r d_out d_in`` operations. Weight and bias are two blocks of one product; no
-    column is appended to the gradient.
+    Costs ``4 r d_out d_in`` operations. Weight and bias are two blocks of one product; no column is
+    appended to the gradient.
 
     Args:
         U: ``[B, r, d_in]``.
         u: ``[B, r]``, the bias's column; unused where ``b`` is None.
         W: ``[B, d_out, d_in]``.
         b: ``[B, d_out]``, or None for a layer without bias.
+        ok: ``[B]`` bool; other layers stay as they are.
 
     Returns:
-        The weight's and the bias's part, new tensors.
+        ``ok``, less the layers whose product is not finite; these stay as they are too.
     """
     Y = W @ U.mT
-    if b is None:
-        return torch.baddbmm(W, Y, U, alpha=-1), None
-    Y = Y + b.unsqueeze(-1) * u.unsqueeze(-2)
-    return torch.baddbmm(W, Y, U, alpha=-1), b - (Y @ u.unsqueeze(-1)).squeeze(-1)
+    if b is not None:
+        Y += b.unsqueeze(-1) * u.unsqueeze(-2)
+    ok = ok & Y.sum((1, 2)).isfinite()
+    Y = torch.where(ok[:, None, None], Y, 0.0)
+    W.baddbmm_(Y, U, alpha=-1)
+    if b is not None:
+        b.sub_((Y @ u.unsqueeze(-1)).squeeze(-1))
+    return ok
 
 
 def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
@@ -148,8 +156,8 @@ def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
     Returns:
         ``[B]``.
     """
-    norm = torch.linalg.vector_norm(W.flatten(1), dim=1)
-    return norm if b is None else torch.hypot(norm, torch.linalg.vector_norm(b.flatten(1), dim=1))
+    norm = torch.stack(torch._foreach_norm(W.unbind()))
+    return norm if b is None else torch.hypot(norm, torch.linalg.vector_norm(b, dim=1))
 
 
 def inner(W: Tensor, b: Tensor | None, W2: Tensor, b2: Tensor | None) -> Tensor:
@@ -164,10 +172,9 @@ def inner(W: Tensor, b: Tensor | None, W2: Tensor, b2: Tensor | None) -> Tensor:
     Returns:
         ``[B]``.
     """
-    product: Tensor = torch.linalg.vecdot(W.flatten(1), W2.flatten(1))
-    if b is None or b2 is None:
-        return product
-    return product.add(torch.linalg.vecdot(b.flatten(1), b2.flatten(1)))
+    rows = zip(W.flatten(1), W2.flatten(1), strict=True)
+    product = torch.stack([torch.dot(row, row2) for row, row2 in rows])
+    return product if b is None or b2 is None else product + (b * b2).sum(1)
 
 
 def norm_ratio(raw: Tensor, preconditioned: Tensor) -> Tensor:

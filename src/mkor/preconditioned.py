@@ -96,6 +96,9 @@ class Preconditioned(Optimizer):
         self._closed = False
         self._watch, self._entries = self._build()
         self._begin()
+        # Distributed checkpoints take a state that is not empty for complete.
+        if self.base.state:
+            self._publish()
 
     # ---------------------------------------------------------------- an optimizer like any other
 

@@ -88,7 +88,7 @@ def part_sizes(samples: int, count: int) -> list[int]:
     Returns:
         ``count`` numbers, the larger first; some are 0 when there are fewer samples than parts.
     """
-    small, larger = divmod(samples, count)
+    small, larger = samples // count, samples % count
     return [small + (part < larger) for part in range(count)]
 
 
@@ -108,7 +108,7 @@ def take_parts(x: Tensor, count: int, chunks: Chunks | None, update: int) -> lis
     if chunks is not None:
         start = chunks.offset(update)
         return [x[start:].unfold(0, chunks.size, chunks.stride)[: chunks.count].movedim(-1, 1)]
-    small, larger = divmod(x.shape[0], count)
+    small, larger = x.shape[0] // count, x.shape[0] % count
     cut = larger * (small + 1)
     runs = (x[:cut].unflatten(0, (larger, small + 1)) if larger else None,
             x[cut:].unflatten(0, (count - larger, small)) if small else None)  # fmt: skip

@@ -94,9 +94,13 @@ class Curvature(Protocol):
         """What :meth:`apply` needs, with one row per layer."""
 
     def apply(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``L^-1 [W b] R^-1`` as new tensors, from rows of what :meth:`prepare` returned."""
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``L^-1 [W b] R^-1`` as new tensors, from rows of what :meth:`prepare` returned.
+
+        Layers that are not ``ok [B]``, or whose product is not finite, come back as they were; the
+        last result says which came through.
+        """
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Diagnostic numbers, each ``[B]``."""

@@ -149,39 +149,50 @@ class Window:
             shape: Of the batch of layers.
 
         Returns:
-            ``left [B, r, d_out]``, ``right [B, r, d_in]`` and, for a bias, ``bias [B, r]``.
+            ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and
+            ``usable [B]``: whether they are finite; where not, they are 0.
         """
         weights = linalg.age_weights(state["weights"], state["updates"], self.momentum)
         prepared = {}
+        usable = torch.ones_like(state["updates"], dtype=torch.bool)
         for side in shape.sides:
             gram = state[f"{side}_gram"]
             ones = shape.bias and side == "right"
             C = linalg.whitening(gram + 1.0 if ones else gram, weights, self._damping(state, side))
             prepared[side] = C @ state[f"{side}_rows"].to(C.dtype)
+            usable &= prepared[side].sum((1, 2)).isfinite()
             if ones:
                 prepared["bias"] = C.sum(-1)
-        return prepared
+        # A damaged window must not reach the gradient; 0 times NaN would.
+        whole = {
+            key: torch.where(usable.view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
+            for key, tensor in prepared.items()
+        }
+        return {**whole, "usable": usable}
 
     def apply(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """``(I - U_L^T U_L) [W b] (I - U_R^T U_R)``.
 
         Args:
             prepared: Rows of what :meth:`prepare` returned.
             W: ``[B, d_out, d_in]``, the weight's gradient.
             b: ``[B, d_out]``, the bias's gradient, or None.
+            ok: ``[B]`` bool; other layers come back as they are.
 
         Returns:
-            New tensors shaped like ``W`` and ``b``.
+            New tensors shaped like ``W`` and ``b``, and ``ok`` less the layers whose products are
+            not finite.
         """
+        W, b, ok = W.clone(), None if b is None else b.clone(), ok & prepared["usable"]
         if "left" in prepared:
-            W, b = linalg.precondition_left(prepared["left"], W, b)
+            ok = linalg.subtract_left(prepared["left"], W, b, ok)
         if "right" in prepared:
             U = prepared["right"]
             u = prepared["bias"] if "bias" in prepared else U.new_zeros(U.shape[:-1])
-            W, b = linalg.precondition_right(U, u, W, b)
-        return W, b
+            ok = linalg.subtract_right(U, u, W, b, ok)
+        return W, b, ok
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Damping and effective rank of each side.
