@@ -46,6 +46,15 @@ def test_python_dash_m() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_who_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "mkor", "compare", "digits-mlp", "sgd", *RACE[1:]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "overhead" in capsys.readouterr().out

@@ -183,8 +183,8 @@ def compare(arguments: argparse.Namespace) -> int:
     if not race.runs:
         print("interrupted before the first seed was complete; nothing to show", file=sys.stderr)
         return INTERRUPTED
+    files = write_files(race, folder) if folder is not None else {}
     print_report(race, sys.stdout)
-    if folder is not None:
-        files = write_files(race, folder)
+    if files:
         print("written:", ", ".join(str(path) for path in files.values()))
     return INTERRUPTED if race.interrupted else 0
