@@ -234,5 +234,5 @@ def test_inspect_a_factory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("make", "ready"):
-        assert main(["inspect", f"their_models:{name}", "mkor[rank=4]+sgd"]) == 0
+        assert main(["inspect", f"their_models:{name}", "mkor[rank=16]+sgd"]) == 0
         assert "5x7" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from recording import Recorder, gradients
 HOW = {"rank": 7, "vectors": 3, "momentum": 0.9, "damping": 0.05, "rows": None}
 
 
-def trained(steps=5, **how):
+def trained(steps=5, watched=False, **how):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     recorder = Recorder(model)
@@ -24,6 +24,8 @@ def trained(steps=5, **how):
         )
         for name in ("0", "2")
     }
+    if watched:
+        optimizer.diagnostics()
     for _ in range(steps):
         optimizer.zero_grad()
         model(torch.randn(11, 6, dtype=torch.float64)).square().mean().backward()
@@ -37,7 +39,7 @@ def trained(steps=5, **how):
 @pytest.mark.parametrize("rescale", [None, "step", "running"])
 def test_cosine_and_norm_ratio(rescale):
     """Between the raw and the preconditioned gradient, before any rescaling."""
-    optimizer, twins, raw = trained(rescale=rescale)
+    optimizer, twins, raw = trained(rescale=rescale, watched=True)
     figures = optimizer.diagnostics()
     for name, M in raw.items():
         P = twins[name].precondition(M)
@@ -47,6 +49,12 @@ def test_cosine_and_norm_ratio(rescale):
     assert figures["mkor/mean_cosine"] == pytest.approx(
         (figures["0/cosine"] + figures["2/cosine"]) / 2
     )
+
+
+def test_cosine_is_measured_once_asked_for():
+    """The first call costs the steps before it nothing, so it has no cosine to tell."""
+    optimizer, _, _ = trained()
+    assert not any("cosine" in name for name in optimizer.diagnostics())
 
 
 def test_lambda_and_effective_rank():

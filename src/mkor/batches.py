@@ -60,6 +60,7 @@ class Batch:
             for i, layer in enumerate(layers)
         ]
         self.skipped = [False] * B
+        self.watched = False
         self.state = curvature.init(shape)
         self.state["norms"] = torch.zeros(B, 2, dtype=shape.dtype, device=shape.device)
         self.state["output"] = torch.full((B,), -1, dtype=torch.int8, device=shape.device)
@@ -69,6 +70,17 @@ class Batch:
         self.last = torch.zeros(3, B, dtype=shape.dtype, device=shape.device)
         # Rows: updates refused for non-finite statistics, gradients passed raw for the same reason.
         self.refused = torch.zeros(2, B, dtype=torch.int64, device=shape.device)
+
+    def release(self) -> None:
+        """Free the factors of layers that are left to the base; keys and shapes stay."""
+        self.state = {
+            key: tensor.new_zeros(()).expand(tensor.shape) if tensor.dim() > 2 else tensor
+            for key, tensor in self.state.items()
+        }
+
+    def restore(self) -> None:
+        """Make released factors writable again, empty."""
+        self.state = {key: tensor.contiguous() for key, tensor in self.state.items()}
 
     def measure(self) -> Tensor:
         """Norms of the raw gradients, and whether this step's statistics and gradients are finite.
@@ -99,6 +111,8 @@ class Batch:
             refuse: 0-dim, whether the step's batch is bad and nothing is learned from it.
             scale: What raw ``g`` is multiplied with beside the number of rows.
         """
+        if all(self.skipped):
+            return
         counts = self.meta[:, META:]
         rows = counts.clamp(min=1).unsqueeze(-1)
         used = counts.sum(1).clamp(min=1)
@@ -132,15 +146,19 @@ class Batch:
         first, beyond = ready[0], ready[-1] + 1
         spanned = {key: tensor[first:beyond] for key, tensor in self.state.items()}
         prepared = self.curvature.prepare(spanned, self.shape)
+        ok = use & self.last[0].isfinite()
         for part in self._gradients(ready):
-            rows = {key: _shifted(tensor, part.where, first) for key, tensor in prepared.items()}
-            raw, wanted = self.last[0, part.where], use[part.where]
-            P, p, ok = self.curvature.apply(rows, part.W, part.b, wanted & raw.isfinite())
-            norm = linalg.joint_norm(P, p)
-            self.last[1, part.where] = norm
-            self.last[2, part.where] = linalg.inner(part.W, part.b, P, p)
-            self.refused[1, part.where] += wanted & ~ok
-            ratio = self._ratio(part.where, raw, norm, ok, rescale)
+            here = part.where
+            rows = {key: _shifted(tensor, here, first) for key, tensor in prepared.items()}
+            P, p = part.W, part.b
+            M = (P.clone(), None if p is None else p.clone()) if self.watched else None
+            done = self.curvature.apply(rows, P, p, ok[here])
+            raw, norm = self.last[0, here], linalg.joint_norm(P, p)
+            self.last[1, here] = norm
+            if M is not None:
+                self.last[2, here] = linalg.inner(*M, P, p)
+            self.refused[1, here] += use[here] & ~done
+            ratio = self._ratio(here, raw, norm, done, rescale).unbind()
             for i, layer in enumerate(part.layers):
                 W, b = layer.gradients
                 assert W is not None
@@ -154,12 +172,13 @@ class Batch:
         Returns:
             For each layer that is preconditioned, names and numbers.
         """
+        measured, self.watched = self.watched, True
         raw, norm, product = self.last.tolist()
         refused = self.refused.tolist()
         extra = {k: v.tolist() for k, v in self.curvature.figures(self.state, self.shape).items()}
         return {
             layer.name: {
-                "cosine": product[i] / (raw[i] * norm[i]) if raw[i] * norm[i] else 1.0,
+                **({"cosine": _cosine(product[i], raw[i], norm[i])} if measured else {}),
                 "norm_ratio": norm[i] / raw[i] if raw[i] else 1.0,
                 "refused_updates": float(refused[0][i]),
                 "raw_gradients": float(refused[1][i]),
@@ -207,6 +226,10 @@ class Batch:
             for g in gradients
         ]
         return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+
+
+def _cosine(product: float, norm: float, norm2: float) -> float:
+    return product / (norm * norm2) if norm * norm2 else 1.0
 
 
 def _shifted(tensor: Tensor, where: slice | list[int], first: int) -> Tensor:

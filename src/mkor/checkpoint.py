@@ -15,7 +15,16 @@ from torch import Tensor
 
 from mkor.batches import Batch
 
-__all__ = ["PREFIX", "VERSION", "Entries", "counters", "read_counters", "split"]
+__all__ = [
+    "PREFIX",
+    "VERSION",
+    "Entries",
+    "all_parameters",
+    "counters",
+    "materialized",
+    "read_counters",
+    "split",
+]
 
 PREFIX = "mkor_"
 VERSION = 1
@@ -178,6 +187,23 @@ def split(
 
 def _is_own(key: object) -> bool:
     return isinstance(key, str) and key.startswith(PREFIX)
+
+
+def materialized(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Give released factors memory of their own: some checkpoint formats write into a state dict.
+
+    Args:
+        state: The ``state`` of a state dict.
+
+    Returns:
+        The same with contiguous tensors in the wrapper's entries.
+    """
+    return {
+        key: {k: v.contiguous() if _is_own(k) else v for k, v in entry.items()}
+        if isinstance(entry, Mapping)
+        else entry
+        for key, entry in state.items()
+    }
 
 
 def all_parameters(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

@@ -174,7 +174,9 @@ class Preconditioned(Optimizer):
         Returns:
             ``state`` and ``param_groups`` only; loads with ``torch.load(weights_only=True)``.
         """
-        return super().state_dict()
+        packed = super().state_dict()
+        packed["state"] = checkpoint.materialized(packed["state"])
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint of this optimizer, or of the base alone.
@@ -195,9 +197,13 @@ class Preconditioned(Optimizer):
             first = next(iter(own.values()))
             steps, updates, passes = checkpoint.read_counters(first[checkpoint.PREFIX + "counters"])
             names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+            for batch in self._watch.batches:
+                batch.restore()
+            self._renew_entries()
             self._entries.copy_from(own, names)
             self._steps, self._updates, self._passes = steps, updates, passes
             self._watch.apply_decision()
+            self._renew_entries()
             self._begin()
         with self._own_entries_out():
             self.base.load_state_dict(base_part)
@@ -249,11 +255,12 @@ class Preconditioned(Optimizer):
         """Figures of the last step, for any logger. Synchronises the device; free when not called.
 
         Per preconditioned layer, as ``layer/figure``: ``cosine`` between raw and preconditioned
-        gradient; ``norm_ratio``, the length after over before preconditioning, without rescaling;
-        each side's figures (for windows ``left_lambda``, ``left_effective_rank``, ...). Counted
-        from construction on: ``refused_updates``, dropped because a batch was not finite, and
-        ``raw_gradients``, preconditioned gradients that were not finite and gave way to the raw
-        ones. Totals are under ``mkor/``.
+        gradient, measured from the step after the first call on; ``norm_ratio``, the length after
+        over before preconditioning, without rescaling; each side's figures (for windows
+        ``left_lambda``, ``left_effective_rank``, ...). Counted from construction on:
+        ``refused_updates``, dropped because a batch was not finite, and ``raw_gradients``,
+        preconditioned gradients that were not finite and gave way to the raw ones. Totals are
+        under ``mkor/``.
 
         Returns:
             Names and numbers.
@@ -261,15 +268,19 @@ class Preconditioned(Optimizer):
         figures: dict[str, float] = {}
         totals = torch.zeros(2, dtype=torch.int64)
         cosines: list[float] = []
+        layers = 0
         for batch in self._watch.batches:
             totals += batch.refused.sum(1).cpu()
             for name, numbers in batch.figures().items():
                 figures.update({f"{name}/{key}": value for key, value in numbers.items()})
-                cosines.append(numbers["cosine"])
-        figures["mkor/layers"] = float(len(cosines))
+                layers += 1
+                if "cosine" in numbers:
+                    cosines.append(numbers["cosine"])
+        figures["mkor/layers"] = float(layers)
         figures["mkor/steps"] = float(self._steps)
         figures["mkor/updates"] = float(self._updates)
-        figures["mkor/mean_cosine"] = sum(cosines) / len(cosines) if cosines else 1.0
+        if cosines:
+            figures["mkor/mean_cosine"] = sum(cosines) / len(cosines)
         figures["mkor/refused_updates"] = float(totals[0])
         figures["mkor/raw_gradients"] = float(totals[1])
         figures["mkor/skipped_steps"] = float(self._skipped_steps)
@@ -280,7 +291,8 @@ class Preconditioned(Optimizer):
     def _precondition(self) -> None:
         self._notice_new_parameters()
         watch = self._watch
-        watch.decide_outputs()
+        if watch.decide_outputs():
+            self._renew_entries()
         due = self._steps % self.update_every == 0
         if due:
             watch.check_captures()
@@ -351,7 +363,14 @@ class Preconditioned(Optimizer):
         self._watch, self._entries = self._build()
         self._entries.copy_from(before.by_parameter, {})
         self._watch.apply_decision()
+        self._renew_entries()
         self._begin()
+
+    def _renew_entries(self) -> None:
+        """Point the entries at the batches' state again after it moved."""
+        self._entries.take(self.base.state)
+        parameters = checkpoint.all_parameters(self.param_groups)
+        self._entries = checkpoint.Entries(self._watch.batches, parameters, self._counters)
         if self._published:
             self._publish()
 

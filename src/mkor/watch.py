@@ -119,23 +119,28 @@ class Watch:
             "again), and do not remove the model's forward hooks"
         )
 
-    def decide_outputs(self) -> None:
-        """Find the output layers once a backward pass has run, the same on all processes."""
+    def decide_outputs(self) -> bool:
+        """Find the output layers once a backward pass has run, the same on all processes.
+
+        Returns:
+            Whether they were found just now.
+        """
         search = self.gate.search
         if search is None:
-            return
+            return False
         names = [layer.name for layer in self.selection.layers]
         outputs = search.outputs()
         votes = [[float(name in search.reached), float(name in outputs)] for name in names]
         reached, output = self._communicator.sum_small(torch.tensor(votes)).T.tolist()
         if not any(reached):
-            return
+            return False
         # Unanimous among the processes that used the layer.
         decided = {n for n, r, o in zip(names, reached, output, strict=True) if r == o > 0}
         for batch in self.batches:
             flags = [int(layer.name in decided) for layer in batch.layers]
             batch.state["output"].copy_(torch.tensor(flags))
         self.apply_decision()
+        return True
 
     def apply_decision(self) -> None:
         """Act on the decision recorded in the batches' state, if there is one."""
@@ -144,6 +149,8 @@ class Watch:
             return
         for batch, group in zip(self.batches, flags, strict=True):
             batch.skipped = [self._skip_output and bool(flag) for flag in group]
+            if all(batch.skipped):
+                batch.release()
         if all(all(batch.skipped) for batch in self.batches):
             warnings.warn(
                 "no layer of this model is preconditioned: all that could be are next to the "

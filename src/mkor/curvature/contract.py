@@ -93,13 +93,11 @@ class Curvature(Protocol):
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """What :meth:`apply` needs, with one row per layer."""
 
-    def apply(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``L^-1 [W b] R^-1`` as new tensors, from rows of what :meth:`prepare` returned.
+    def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+        """Turn ``[W b]`` into ``L^-1 [W b] R^-1`` in place, with rows of what was prepared.
 
-        Layers that are not ``ok [B]``, or whose product is not finite, come back as they were; the
-        last result says which came through.
+        Layers that are not ``ok [B]``, or whose product is not finite, stay bitwise as they are;
+        returns which came through.
         """
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:

@@ -42,8 +42,8 @@ class Window:
     """
 
     rank: int = 64
-    vectors: int = 4
-    rows: int | None = 128
+    vectors: int = 8
+    rows: int | None = 64
     momentum: float = 0.95
     damping: float = 0.03
     factor_dtype: torch.dtype | None = None
@@ -152,47 +152,43 @@ class Window:
             ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and
             ``usable [B]``: whether they are finite; where not, they are 0.
         """
+        sides, bias = shape.sides, shape.bias
+        # Both sides' r x r problems are solved as one batch.
+        gram = torch.cat(
+            [state[f"{side}_gram"] + float(bias and side == "right") for side in sides]
+        )
         weights = linalg.age_weights(state["weights"], state["updates"], self.momentum)
-        prepared = {}
-        usable = torch.ones_like(state["updates"], dtype=torch.bool)
-        for side in shape.sides:
-            gram = state[f"{side}_gram"]
-            ones = shape.bias and side == "right"
-            C = linalg.whitening(gram + 1.0 if ones else gram, weights, self._damping(state, side))
-            prepared[side] = C @ state[f"{side}_rows"].to(C.dtype)
-            usable &= prepared[side].sum((1, 2)).isfinite()
-            if ones:
-                prepared["bias"] = C.sum(-1)
+        damping = torch.cat([self._damping(state, side) for side in sides])
+        parts = linalg.whitening(gram, weights.repeat(len(sides), 1), damping).chunk(len(sides))
+        C = dict(zip(sides, parts, strict=True))
+        U = {side: C[side] @ state[f"{side}_rows"].to(gram.dtype) for side in sides}
+        usable = torch.stack([U[side].sum((1, 2)) for side in sides]).sum(0).isfinite()
         # A damaged window must not reach the gradient; 0 times NaN would.
-        whole = {
-            key: torch.where(usable.view(-1, *(1,) * (tensor.dim() - 1)), tensor, 0.0)
-            for key, tensor in prepared.items()
-        }
-        return {**whole, "usable": usable}
+        prepared = {side: torch.where(usable[:, None, None], U[side], 0.0) for side in sides}
+        if bias and "right" in sides:
+            prepared["bias"] = torch.where(usable[:, None], C["right"].sum(-1), 0.0)
+        return {**prepared, "usable": usable}
 
-    def apply(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``(I - U_L^T U_L) [W b] (I - U_R^T U_R)``.
+    def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+        """``(I - U_L^T U_L) [W b] (I - U_R^T U_R)``, in place.
 
         Args:
             prepared: Rows of what :meth:`prepare` returned.
             W: ``[B, d_out, d_in]``, the weight's gradient.
             b: ``[B, d_out]``, the bias's gradient, or None.
-            ok: ``[B]`` bool; other layers come back as they are.
+            ok: ``[B]`` bool; other layers stay as they are.
 
         Returns:
-            New tensors shaped like ``W`` and ``b``, and ``ok`` less the layers whose products are
-            not finite.
+            ``ok`` less the layers whose window or product is not finite.
         """
-        W, b, ok = W.clone(), None if b is None else b.clone(), ok & prepared["usable"]
+        ok = ok & prepared["usable"]
         if "left" in prepared:
             ok = linalg.subtract_left(prepared["left"], W, b, ok)
         if "right" in prepared:
             U = prepared["right"]
             u = prepared["bias"] if "bias" in prepared else U.new_zeros(U.shape[:-1])
             ok = linalg.subtract_right(U, u, W, b, ok)
-        return W, b, ok
+        return ok
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Damping and effective rank of each side.
