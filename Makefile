@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint format clean
 
 demo: $(READY)
-	$(BIN)/mkor compare text-lm adamw,mkor+adamw --out demo
+	$(BIN)/mkor compare text-lm adamw,mkor+adamw --seeds 2 --match --out demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -30,7 +30,7 @@ DIVERGES = "sgd[lr=1e30]"
 @pytest.fixture(scope="module")
 def race() -> Race:
     task = load_task("digits-mlp", {"width": 16, "depth": 2, "batch": 16})
-    contestants = tuple(parse_contestants(f"adamw,mkor[rank=8]+adamw,{DIVERGES}"))
+    contestants = tuple(parse_contestants(f"adamw,mkor[rank=16]+adamw,{DIVERGES}"))
     settings = Settings(task, contestants, "adamw", steps=12, seeds=2, tune=3, match=True)
     return run_race(settings, Progress())
 
@@ -55,7 +55,7 @@ def test_json_holds_everything_and_betrays_nothing(race: Race, tmp_path: Path) -
     assert record["settings"]["task"]["sizes"] == {"width": 16, "depth": 2, "batch": 16}
     assert record["settings"]["contestants"][1]["wrapper"] == {
         "name": "mkor",
-        "options": {"rank": 8},
+        "options": {"rank": 16},
     }
     assert record["environment"]["packages"]["torch"]
     assert record["environment"]["python"] == platform.python_version()
@@ -64,7 +64,7 @@ def test_json_holds_everything_and_betrays_nothing(race: Race, tmp_path: Path) -
     assert {run["seed"] for run in record["runs"]} == {0, 1}
     assert [run["loss"] for run in record["runs"] if run["contestant"] == DIVERGES] == [None] * 2
     assert len(record["tuning"]["adamw"]["trials"]) == 3
-    assert record["match"].keys() == {"mkor[rank=8]+adamw", DIVERGES}
+    assert record["match"].keys() == {"mkor[rank=16]+adamw", DIVERGES}
     for private in (platform.node(), str(Path.home()), os.getcwd(), str(tmp_path)):
         if len(private) > 3:
             assert private not in text
@@ -91,7 +91,7 @@ def test_the_table_says_who_got_where(race: Race) -> None:
     assert lines["adamw"].endswith("1.00x")
     assert "diverged" in lines[DIVERGES]
     assert "> 12" in lines[DIVERGES]
-    assert "mkor[rank=8]+adamw" in lines
+    assert "mkor[rank=16]+adamw" in lines
     assert text.count("tuning of") == 2
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
@@ -133,7 +133,7 @@ def test_a_colour_for_each_base(race: Race) -> None:
     chosen = looks(race)
     assert chosen["adamw"].colour == GREY
     assert len({look.colour for look in chosen.values()}) == 3
-    names = "sgd,lamb,mkor+lamb,mkor[rank=8]+lamb"
+    names = "sgd,lamb,mkor+lamb,mkor[rank=16]+lamb"
     settings = replace(race.settings, contestants=tuple(parse_contestants(names)), baseline="sgd")
     _, base, first, second = looks(Race(settings)).values()
     assert first.colour == second.colour == base.ink != base.colour
@@ -150,7 +150,7 @@ def test_labels_drop_their_options_where_names_are_enough() -> None:
 
 
 def test_a_match_that_failed_is_not_drawn(race: Race, tmp_path: Path) -> None:
-    failed = Match("mkor[rank=8]+adamw", 1.0, None, 1, None, None, None, ())
+    failed = Match("mkor[rank=16]+adamw", 1.0, None, 1, None, None, None, ())
     write_files(replace(race, matches={failed.contestant: failed}), tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_progress_on_a_terminal_has_bars_losses_and_the_time_left(
     with progress:
         run_race(replace(race.settings, tune=1, match=False, seeds=1), progress)
     text = stream.getvalue()
-    assert "mkor[rank=8]+adamw" in text
+    assert "mkor[rank=16]+adamw" in text
     assert re.search(r"loss \d\.\d\d\d", text)
     assert re.search(r"\d:\d\d left", text)
 

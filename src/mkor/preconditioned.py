@@ -16,6 +16,7 @@ from mkor.capture import Gate
 from mkor.communication import Communicator
 from mkor.coverage import Coverage, report
 from mkor.curvature.contract import Curvature
+from mkor.diagnostics import gather
 from mkor.profiling import span
 from mkor.selection import Skip
 from mkor.validation import check_base, check_curvature, check_model, check_options
@@ -265,26 +266,8 @@ class Preconditioned(Optimizer):
         Returns:
             Names and numbers.
         """
-        figures: dict[str, float] = {}
-        totals = torch.zeros(2, dtype=torch.int64)
-        cosines: list[float] = []
-        layers = 0
-        for batch in self._watch.batches:
-            totals += batch.refused.sum(1).cpu()
-            for name, numbers in batch.figures().items():
-                figures.update({f"{name}/{key}": value for key, value in numbers.items()})
-                layers += 1
-                if "cosine" in numbers:
-                    cosines.append(numbers["cosine"])
-        figures["mkor/layers"] = float(layers)
-        figures["mkor/steps"] = float(self._steps)
-        figures["mkor/updates"] = float(self._updates)
-        if cosines:
-            figures["mkor/mean_cosine"] = sum(cosines) / len(cosines)
-        figures["mkor/refused_updates"] = float(totals[0])
-        figures["mkor/raw_gradients"] = float(totals[1])
-        figures["mkor/skipped_steps"] = float(self._skipped_steps)
-        return figures
+        steps = {"steps": self._steps, "updates": self._updates}
+        return gather(self._watch.batches, steps | {"skipped_steps": self._skipped_steps})
 
     # ------------------------------------------------------------------------------------ phases
 

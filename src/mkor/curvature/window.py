@@ -42,10 +42,10 @@ class Window:
     """
 
     rank: int = 64
-    vectors: int = 8
-    rows: int | None = 64
-    momentum: float = 0.95
-    damping: float = 0.03
+    vectors: int = 16
+    rows: int | None = 32
+    momentum: float = 0.98
+    damping: float = 0.02
     factor_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
