@@ -408,7 +408,7 @@ def test_search_leaves_nothing_behind():
 def test_output_layer_keeps_no_factors_in_memory():
     """Its entries keep their shapes, share one number in memory, and are whole in a state dict."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), rank=9)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), rank=9, vectors=4)
     model(torch.randn(7, 6)).square().mean().backward()
     optimizer.step()
     head = optimizer.state[model[2].weight]
@@ -424,13 +424,13 @@ def test_factors_come_back_where_the_checkpoint_found_another_output():
     states = []
     for whole in (True, False):
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = MKOR(model, base, rank=9)
+        optimizer = MKOR(model, base, rank=9, vectors=4)
         hidden = model(torch.randn(7, 6)) if whole else model[0](torch.randn(7, 6))
         hidden.square().mean().backward()
         optimizer.step()
         states.append(optimizer.state_dict())
         optimizer.close()
-    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), rank=9)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), rank=9, vectors=4)
     for state, width in ((states[1], 0), (states[0], 5)):
         optimizer.load_state_dict(state)
         norm = optimizer.state[model[0].weight]["mkor_left_rows"].norm()

@@ -61,9 +61,7 @@ class Batch:
         ]
         self.skipped = [False] * B
         self.watched = False
-        self.state = curvature.init(shape)
-        self.state["norms"] = torch.zeros(B, 2, dtype=shape.dtype, device=shape.device)
-        self.state["output"] = torch.full((B,), -1, dtype=torch.int8, device=shape.device)
+        self.state = self._initial()
         self.seen = torch.zeros(B, dtype=torch.bool, device=shape.device)
         self.finite = torch.ones_like(self.seen)
         # Rows: norm of the raw and of the preconditioned gradient, their inner product.
@@ -78,9 +76,17 @@ class Batch:
             for key, tensor in self.state.items()
         }
 
-    def restore(self) -> None:
-        """Make released factors writable again, empty."""
-        self.state = {key: tensor.contiguous() for key, tensor in self.state.items()}
+    def reset(self) -> None:
+        """Start the factors anew, released ones too; what is known of the outputs stays."""
+        output = self.state["output"]
+        self.state = self._initial()
+        self.state["output"].copy_(output)
+
+    def _initial(self) -> dict[str, Tensor]:
+        B, shape = len(self.layers), self.shape
+        norms = torch.zeros(B, 2, dtype=shape.dtype, device=shape.device)
+        output = torch.full((B,), -1, dtype=torch.int8, device=shape.device)
+        return {**self.curvature.init(shape), "norms": norms, "output": output}
 
     def measure(self) -> Tensor:
         """Norms of the raw gradients, and whether this step's statistics and gradients are finite.

@@ -40,21 +40,22 @@ def counters() -> Tensor:
     return torch.tensor([VERSION, 0, 0, 1])
 
 
-def read_counters(saved: Tensor) -> tuple[int, int, int]:
-    """Check a loaded entry.
+def read_counters(saved: Mapping[Tensor, Mapping[str, Any]]) -> tuple[int, int, int]:
+    """Read and check what every entry of a checkpoint repeats.
 
     Args:
-        saved: What :func:`counters` made.
+        saved: The wrapper's part of a checkpoint, by parameter; may be empty.
 
     Returns:
-        Steps, updates and micro-batches a step.
+        Steps, updates and micro-batches a step; those of a new optimizer if there is no entry.
 
     Raises:
         ValueError: The checkpoint comes from a newer version.
     """
-    if saved.numel() != len(_FIELDS):
-        raise ValueError(f"{PREFIX}counters has {saved.numel()} numbers, expected {len(_FIELDS)}")
-    version, steps, updates, passes = (int(value) for value in saved.tolist())
+    found = next((entry.get(PREFIX + "counters") for entry in saved.values()), counters())
+    if found is None or found.numel() != len(_FIELDS):
+        raise ValueError(f"the checkpoint's entries lack a valid {PREFIX}counters")
+    version, steps, updates, passes = (int(value) for value in found.tolist())
     if version > VERSION:
         raise ValueError(
             f"the checkpoint has format {version}, this version of mkor reads up to {VERSION}: "
@@ -108,10 +109,8 @@ class Entries:
             if not present:
                 del state[parameter]
 
-    def copy_from(
-        self, saved: Mapping[Tensor, Mapping[str, Any]], names: dict[Tensor, str]
-    ) -> None:
-        """Load factors.
+    def check(self, saved: Mapping[Tensor, Mapping[str, Any]], names: dict[Tensor, str]) -> None:
+        """Compare a checkpoint with this optimizer before anything is changed.
 
         Args:
             saved: The wrapper's part of a checkpoint, by parameter.
@@ -122,23 +121,27 @@ class Entries:
         """
         for parameter, entry in self.by_parameter.items():
             other = saved.get(parameter, {})
-            mine, theirs = set(entry), set(other)
-            if not theirs - {PREFIX + "counters"}:
-                continue
             name = names.get(parameter, "a parameter")
-            if mine != theirs:
+            if set(entry) != set(other):
                 raise ValueError(
-                    f"the checkpoint has other factors for {name}: it holds {sorted(theirs)}, "
-                    f"this optimizer {sorted(mine)}; build the optimizer with the settings "
+                    f"the checkpoint has other factors for {name}: it holds {sorted(other)}, "
+                    f"this optimizer {sorted(entry)}; build the optimizer with the settings "
                     "(sides, skip, kind of curvature) that wrote it"
                 )
-            for key in mine - {PREFIX + "counters"}:
+            for key in entry:
                 if entry[key].shape != other[key].shape:
                     raise ValueError(
                         f"the checkpoint's {key} of {name} has shape {tuple(other[key].shape)}, "
                         f"this optimizer's {tuple(entry[key].shape)}: build it with the rank and "
                         "for the model that wrote it"
                     )
+
+    def copy_from(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Copy factors into the batches; parameters that are not in ``saved`` keep theirs.
+
+        Args:
+            saved: Entries by parameter, already checked.
+        """
         for parameter, entry in self.by_parameter.items():
             for key, tensor in saved.get(parameter, {}).items():
                 if key != PREFIX + "counters":

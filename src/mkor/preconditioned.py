@@ -194,18 +194,8 @@ class Preconditioned(Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         base_part, own = checkpoint.split(state_dict, self.param_groups)
-        if own and not self._closed:
-            first = next(iter(own.values()))
-            steps, updates, passes = checkpoint.read_counters(first[checkpoint.PREFIX + "counters"])
-            names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
-            for batch in self._watch.batches:
-                batch.restore()
-            self._renew_entries()
-            self._entries.copy_from(own, names)
-            self._steps, self._updates, self._passes = steps, updates, passes
-            self._watch.apply_decision()
-            self._renew_entries()
-            self._begin()
+        if not self._closed:
+            self._load_factors(own)
         with self._own_entries_out():
             self.base.load_state_dict(base_part)
         if own and not self._closed:
@@ -344,7 +334,7 @@ class Preconditioned(Optimizer):
         before.take(self.base.state)
         self._watch.close()
         self._watch, self._entries = self._build()
-        self._entries.copy_from(before.by_parameter, {})
+        self._entries.copy_from(before.by_parameter)
         self._watch.apply_decision()
         self._renew_entries()
         self._begin()
@@ -356,6 +346,21 @@ class Preconditioned(Optimizer):
         self._entries = checkpoint.Entries(self._watch.batches, parameters, self._counters)
         if self._published:
             self._publish()
+
+    def _load_factors(self, own: dict[Tensor, dict[str, Any]]) -> None:
+        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+        saved = checkpoint.read_counters(own)
+        if own:
+            self._entries.check(own, names)
+        for batch in self._watch.batches:
+            batch.reset()
+        self._renew_entries()
+        self._entries.copy_from(own)
+        self._steps, self._updates, self._passes = saved
+        self._watch.apply_decision()
+        self._renew_entries()
+        self._watch.forget()
+        self._begin()
 
     def _publish(self) -> None:
         self._published = True

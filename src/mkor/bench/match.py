@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-RESOLUTION = 0.02
+RESOLUTION = 0.01
 
 
 @dataclass(frozen=True)
