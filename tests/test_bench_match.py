@@ -39,9 +39,9 @@ def test_a_diverged_probe_is_not_enough() -> None:
     assert found == 100
 
 
-def test_the_resolution_is_a_fiftieth() -> None:
-    assert (resolution_for(200), resolution_for(20), resolution_for(600)) == (4, 1, 12)
-    assert expected_steps(200, 4) == 600
+def test_the_resolution_is_a_hundredth() -> None:
+    assert (resolution_for(200), resolution_for(20), resolution_for(600)) == (2, 1, 6)
+    assert expected_steps(200, 2) == 700
 
 
 @pytest.fixture
@@ -79,11 +79,11 @@ def test_ratios_count_steps_and_what_a_step_costs(
     progress.expect(2 * matching.guessed_steps(race.settings))
     matching.match_all(race, progress)
     found = race.matches["mkor+adamw"]
-    assert found.steps == 42
-    assert found.resolution == 2
+    assert found.steps == 41
+    assert found.resolution == 1
     assert found.target == 1.5
-    assert found.step_ratio == pytest.approx(0.42)
-    assert found.cpu_ratio == found.wall_ratio == pytest.approx(0.42 * 1.2)
+    assert found.step_ratio == pytest.approx(0.41)
+    assert found.cpu_ratio == found.wall_ratio == pytest.approx(0.41 * 1.2)
     assert calls == [(steps, seed) for steps, _ in found.probes for seed in range(2)]
     assert progress.total == sum(steps for steps, _ in calls)
     assert race.matches["sgd"].steps is None

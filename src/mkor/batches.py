@@ -23,7 +23,7 @@ STACK_BELOW = 1 << 16
 class _Gradients:
     """The gradients of some layers of a batch, and which layers these are."""
 
-    where: slice | list[int]
+    where: slice
     layers: list[Layer]
     W: Tensor
     b: Tensor | None
@@ -60,7 +60,7 @@ class Batch:
             for i, layer in enumerate(layers)
         ]
         self.skipped = [False] * B
-        self.watched = False
+        self.watched = self.measured = False
         self.state = self._initial()
         self.seen = torch.zeros(B, dtype=torch.bool, device=shape.device)
         self.finite = torch.ones_like(self.seen)
@@ -75,6 +75,10 @@ class Batch:
             key: tensor.new_zeros(()).expand(tensor.shape) if tensor.dim() > 2 else tensor
             for key, tensor in self.state.items()
         }
+
+    def restore(self) -> None:
+        """Make released factors writable again, empty."""
+        self.state = {key: tensor.contiguous() for key, tensor in self.state.items()}
 
     def reset(self) -> None:
         """Start the factors anew, released ones too; what is known of the outputs stays."""
@@ -153,9 +157,11 @@ class Batch:
         spanned = {key: tensor[first:beyond] for key, tensor in self.state.items()}
         prepared = self.curvature.prepare(spanned, self.shape)
         ok = use & self.last[0].isfinite()
+        self.measured = self.watched
         for part in self._gradients(ready):
             here = part.where
-            rows = {key: _shifted(tensor, here, first) for key, tensor in prepared.items()}
+            spot = slice(here.start - first, here.stop - first)
+            rows = {key: tensor[spot] for key, tensor in prepared.items()}
             P, p = part.W, part.b
             M = (P.clone(), None if p is None else p.clone()) if self.watched else None
             done = self.curvature.apply(rows, P, p, ok[here])
@@ -178,7 +184,7 @@ class Batch:
         Returns:
             For each layer that is preconditioned, names and numbers.
         """
-        measured, self.watched = self.watched, True
+        measured, self.watched = self.measured, True
         raw, norm, product = self.last.tolist()
         refused = self.refused.tolist()
         extra = {k: v.tolist() for k, v in self.curvature.figures(self.state, self.shape).items()}
@@ -195,7 +201,7 @@ class Batch:
         }
 
     def _ratio(
-        self, where: slice | list[int], raw: Tensor, norm: Tensor, keep: Tensor, rescale: str | None
+        self, where: slice, raw: Tensor, norm: Tensor, keep: Tensor, rescale: str | None
     ) -> Tensor:
         norms = self.state["norms"]
         old = norms[where]
@@ -218,13 +224,12 @@ class Batch:
 
     def _gradients(self, ready: list[int]) -> Iterator[_Gradients]:
         small = self.shape.d_out * self.shape.d_in < STACK_BELOW
-        for run in [ready] if small else [[i] for i in ready]:
+        for run in _runs(ready) if small else [[i] for i in ready]:
             layers = [self.layers[i] for i in run]
             weights, biases = zip(*(layer.gradients for layer in layers), strict=True)
-            where = slice(run[0], run[-1] + 1) if run[-1] - run[0] + 1 == len(run) else run
             size = (self.shape.d_out, self.shape.d_in)
             b = None if all(bias is None for bias in biases) else self._stack(biases, size[:1])
-            yield _Gradients(where, layers, self._stack(weights, size), b)
+            yield _Gradients(slice(run[0], run[-1] + 1), layers, self._stack(weights, size), b)
 
     def _stack(self, gradients: Sequence[Tensor | None], size: tuple[int, ...]) -> Tensor:
         rows = [
@@ -238,10 +243,15 @@ def _cosine(product: float, norm: float, norm2: float) -> float:
     return product / (norm * norm2) if norm * norm2 else 1.0
 
 
-def _shifted(tensor: Tensor, where: slice | list[int], first: int) -> Tensor:
-    if isinstance(where, slice):
-        return tensor[where.start - first : where.stop - first]
-    return tensor[[i - first for i in where]]
+def _runs(places: list[int]) -> list[list[int]]:
+    """Neighbouring places together: a slice is a view, a list of places a copy."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and runs[-1][-1] + 1 == place:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def _write(gradient: Tensor, new: Tensor, ratio: Tensor) -> None:

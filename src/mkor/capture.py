@@ -70,7 +70,7 @@ class Gate:
         open: Whether passes count at present.
         update: Number of updates so far, which moves the chunks of rows.
         search: The search for the output layers while it is on.
-        calls: Captured calls of layers since the last step, not counting compiled ones.
+        calls: Times a hook ran since the last step, not counting compiled ones.
         passes: Backward passes since the last step.
     """
 
@@ -208,12 +208,16 @@ class ForwardHook:
         gate = self.gate
         if not gate.open or not torch.is_grad_enabled():
             return None
-        x = args[0] if args else kwargs.get("input")
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            gate.calls += 1
+        x = args[0] if args else kwargs.get("input", kwargs.get("query"))
+        output = output[0] if isinstance(output, tuple) else output
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
             return None
         if x.numel() == 0:
             return None
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._compiled(module, x, output)
         if torch._C._functorch.peek_interpreter_stack() is None:
             self._eager(module, x, output)
@@ -225,7 +229,7 @@ class ForwardHook:
         if search is not None:
             search.forward(self.key, x, output)
             output.register_hook(lambda _: search.backward(self.key))
-        if site is None or not _trains(module):
+        if site is None or not _trains(module) or not site.kind.fits(x, output):
             return
         pick = Pick(gate.vectors, gate.rows, gate.update)
         with span("mkor.capture"):
@@ -234,7 +238,7 @@ class ForwardHook:
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
-        if site is None or not _trains(module):
+        if site is None or not _trains(module) or not site.kind.fits(x, output):
             return None
         pick = Pick(gate.vectors, gate.rows, site.update)
         a = site.kind.input_sums(x.detach(), pick) if gate.right else None
@@ -263,7 +267,6 @@ class _GradientHook:
             kind = self.site.kind
             g = kind.output_sums(grad.detach(), self.pick) if self.gate.left else None
             self.site.add(self.a, g)
-        self.gate.calls += 1
 
 
 def _trains(module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ def counters() -> Tensor:
     Returns:
         ``[4]`` int64 on the CPU: version of the format, steps, updates, micro-batches a step.
     """
-    return torch.tensor([VERSION, 0, 0, 1])
+    return torch.tensor([VERSION, 0, 0, 1], device="cpu")
 
 
 def read_counters(saved: Mapping[Tensor, Mapping[str, Any]]) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -120,6 +120,15 @@ class Combined(Optimizer):
             state = {key: entry for key, entry in state_dict["state"].items() if key in keys}
             optimizer.load_state_dict({"state": state, "param_groups": mine})
         self._share_state()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "Combined cannot be copied or pickled: save state_dict(), build a new one, and load it "
+            "there"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__getstate__()
 
     def _share_state(self) -> None:
         shared: defaultdict[Tensor, Any] = defaultdict(dict)

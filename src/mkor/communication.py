@@ -1,4 +1,4 @@
-"""Sums over processes. The only module that imports ``torch.distributed``.
+"""Sums over processes. The only module that talks to other processes.
 
 Without an initialised process group the world is one process and every call returns at once, so
 the rest of the package is the same code at any world size.

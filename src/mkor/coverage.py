@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mkor.batches import Batch
-from mkor.selection import Layer, Selection, clean_name
+from mkor.selection import Layer, Selection, cleaner
 
 __all__ = ["Coverage", "CoverageRow", "report"]
 
@@ -96,15 +96,18 @@ def report(
     layers |= {id(layer.bias): layer for layer in selection.layers if layer.bias is not None}
     places = {id(layer): (batch, i) for batch in batches for i, layer in enumerate(batch.layers)}
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    clean = cleaner(model)
     rows = []
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = clean(full_name)
         layer = layers.get(id(parameter))
         place = places.get(id(layer))
         reason = _reason(parameter, layer, selection, owners[id(parameter)], optimized)
         if reason or place is None:
-            rows.append(CoverageRow(clean_name(name), tuple(parameter.shape), False, reason))
+            reason = reason or "the wrapper is closed"
+            rows.append(CoverageRow(name, tuple(parameter.shape), False, reason))
             continue
-        rows.append(_covered(clean_name(name), parameter, *place, searching))
+        rows.append(_covered(name, parameter, *place, searching))
     return Coverage(tuple(rows))
 
 

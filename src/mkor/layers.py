@@ -65,6 +65,9 @@ class LayerKind(Protocol):
     def d_out(self) -> int:
         """Rows of ``W``."""
 
+    def fits(self, x: Tensor, output: Tensor) -> bool:
+        """Whether input and output of a call are this layer's; a subclass may reshape them."""
+
     def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
         """Sums of ``a`` over the parts that ``pick`` chooses from the layer's input."""
 
@@ -94,7 +97,7 @@ def _image_squares(runs: list[Tensor]) -> Tensor:
 def _choose(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
     if isinstance(pick.update, Tensor):
         if chunks is not None:
-            return [x[chunks.indices(pick.update)]]
+            return [x[chunks.indices(pick.update, x.device)]]
         return take_parts(x, pick.vectors, None, 0)
     return take_parts(x, pick.vectors, chunks, pick.update)
 
@@ -105,6 +108,20 @@ class LinearKind:
 
     d_in: int
     d_out: int
+
+    def fits(self, x: Tensor, output: Tensor) -> bool:
+        """Whether ``[*, d_in]`` became ``[*, d_out]``; see :class:`LayerKind`.
+
+        Args:
+            x: Input of a call.
+            output: Output of the call.
+
+        Returns:
+            False for anything else.
+        """
+        if x.is_nested or x.dim() == 0:
+            return False
+        return x.shape[-1] == self.d_in and output.shape == (*x.shape[:-1], self.d_out)
 
     def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
         """Sums of ``a``; see :class:`LayerKind`.
@@ -151,9 +168,17 @@ def _row_sums(x: Tensor, pick: Pick) -> PartSums:
 def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
     if chunks is not None and not isinstance(pick.update, Tensor) and not _flattens(x):
         # Flattening would copy the whole batch to read a few rows of it.
-        picked = chunks.indices(torch.tensor(pick.update, device=x.device))
-        return [x[torch.unravel_index(picked, x.shape[:-1])]]
+        return [x[_coordinates(chunks.indices(pick.update, x.device), x.shape[:-1])]]
     return _choose(x.flatten(0, -2), pick, chunks)
+
+
+def _coordinates(flat: Tensor, sizes: torch.Size) -> tuple[Tensor, ...]:
+    """What ``unravel_index`` gives, without its tensors on the host."""
+    coordinates = []
+    for size in reversed(sizes):
+        coordinates.append(flat % size)
+        flat = flat // size
+    return tuple(reversed(coordinates))
 
 
 def _flattens(x: Tensor) -> bool:
@@ -177,6 +202,21 @@ class ConvKind:
     dilation: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     padding_mode: str
+
+    def fits(self, x: Tensor, output: Tensor) -> bool:
+        """Whether images became images with ``d_out`` channels; see :class:`LayerKind`.
+
+        Args:
+            x: Input of a call.
+            output: Output of the call.
+
+        Returns:
+            False for anything else.
+        """
+        axes = len(self.kernel)
+        if x.is_nested or x.dim() not in (axes + 1, axes + 2) or x.dim() != output.dim():
+            return False
+        return output.shape[-axes - 1] == self.d_out
 
     def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
         """Sums of ``a`` over the patches of the chosen images; see :class:`LayerKind`.
@@ -298,6 +338,8 @@ def describe(module: nn.Module) -> LayerKind | str | None:
             padding=_paddings(module),
             padding_mode=module.padding_mode,
         )
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention bypasses its layers' hooks"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "transposed convolution: not a supported kind of layer"
     return None

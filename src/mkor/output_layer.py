@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 __all__ = ["EagerUntilFound", "OutputSearch"]
 
@@ -20,11 +19,12 @@ __all__ = ["EagerUntilFound", "OutputSearch"]
 class OutputSearch:
     """Which layers feed which, seen while forward and backward passes run.
 
-    Layers are identified by any hashable key, here the index of their weight.
+    Layers are identified by any hashable key, here their name. Autograd nodes carry it themselves:
+    holding nodes here would tie the search to the graph in a cycle that is never collected.
     """
 
     def __init__(self) -> None:
-        self._producers: dict[Node, Hashable] = {}
+        self._mark = f"mkor-{id(self)}"
         self._fed: dict[Hashable, set[Hashable]] = {}
         self._reached: set[Hashable] = set()
         self._not_last: set[Hashable] = set()
@@ -41,8 +41,9 @@ class OutputSearch:
         """
         for producer in self._upstream(x):
             self._fed.setdefault(producer, set()).add(layer)
-        if output.grad_fn is not None:
-            self._producers[output.grad_fn] = layer
+        node: Any = output.grad_fn
+        if node is not None:
+            node.metadata[self._mark] = layer
         if torch._C._current_graph_task_id() == -1:
             self._replaying = self._opened = False
             self._opening.clear()
@@ -84,14 +85,14 @@ class OutputSearch:
     def _upstream(self, x: Tensor) -> set[Hashable]:
         found: set[Hashable] = set()
         seen: set[Any] = set()
-        pending = [x.grad_fn]
+        pending: list[Any] = [x.grad_fn]
         while pending:
             node = pending.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if node in self._producers:
-                found.add(self._producers[node])
+            if self._mark in node.metadata:
+                found.add(node.metadata[self._mark])
             else:
                 pending.extend(parent for parent, _ in node.next_functions)
         return found

@@ -84,7 +84,7 @@ class Preconditioned(Optimizer):
         self.nonfinite = nonfinite
         self.loss_scale: float | Tensor = 1.0
         self._model = model
-        self._skip = skip
+        self._skip = skip if isinstance(skip, str | nn.Module | type) else tuple(skip)
         self._skip_output = skip_output
         self._communicator = Communicator(process_group)
         self._gate = Gate(
@@ -190,6 +190,7 @@ class Preconditioned(Optimizer):
         Raises:
             ValueError: It was written by a newer version, for another model or with other settings.
         """
+        state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -221,6 +222,7 @@ class Preconditioned(Optimizer):
         self._entries.take(self.base.state)
         self._closed = True
         self._watch.close()
+        self._entries = checkpoint.Entries([], [], self._counters)
 
     def no_capture(self) -> AbstractContextManager[None]:
         """Forward and backward passes inside this context do not count (gradient penalties).
@@ -246,12 +248,12 @@ class Preconditioned(Optimizer):
         """Figures of the last step, for any logger. Synchronises the device; free when not called.
 
         Per preconditioned layer, as ``layer/figure``: ``cosine`` between raw and preconditioned
-        gradient, measured from the step after the first call on; ``norm_ratio``, the length after
-        over before preconditioning, without rescaling; each side's figures (for windows
-        ``left_lambda``, ``left_effective_rank``, ...). Counted from construction on:
-        ``refused_updates``, dropped because a batch was not finite, and ``raw_gradients``,
-        preconditioned gradients that were not finite and gave way to the raw ones. Totals are
-        under ``mkor/``.
+        gradient, measured from the step after the first call on (at the price of a copy of each
+        gradient); ``norm_ratio``, the length after over before preconditioning, without
+        rescaling; each side's figures (for windows ``left_lambda``, ``left_effective_rank``, ...).
+        Counted from construction on: ``refused_updates``, dropped because a batch was not finite,
+        and ``raw_gradients``, preconditioned gradients that were not finite and gave way to the
+        raw ones. Totals are under ``mkor/``.
 
         Returns:
             Names and numbers.
@@ -278,7 +280,8 @@ class Preconditioned(Optimizer):
                 batch.precondition(due, self.rescale)
         self._steps += 1
         self._updates += due
-        self._passes = max(1, self._gate.passes.most)
+        # Steps between updates, and steps without data, say nothing of the micro-batches.
+        self._passes = self._gate.passes.most or self._passes
         watch.forget()
         self._begin()
         self._publish()
@@ -300,11 +303,11 @@ class Preconditioned(Optimizer):
             rows = max(1, rows // (self._passes * self._communicator.world_size))
         self._watch.begin(self._updates, self._steps % self.update_every == 0, rows)
         numbers = (checkpoint.VERSION, self._steps, self._updates, self._passes)
-        self._counters.copy_(torch.tensor(numbers))
+        self._counters.copy_(torch.tensor(numbers, device="cpu"))
 
     def _gradients_finite(self) -> bool:
         gradients = [p.grad for p in checkpoint.all_parameters(self.param_groups)]
-        present = [g for g in gradients if g is not None]
+        present = [g._values() if g.is_sparse else g for g in gradients if g is not None]
         norms = torch._foreach_norm(present) if present else ()
         return all(bool(norm.isfinite()) for norm in norms)
 
@@ -326,7 +329,7 @@ class Preconditioned(Optimizer):
 
     def _notice_new_parameters(self) -> None:
         """A part of a combined base may have got a group of its own."""
-        if sum(len(group["params"]) for group in self.param_groups) != len(self._entries):
+        if len(set(checkpoint.all_parameters(self.param_groups))) != len(self._entries):
             self._rebuild()
 
     def _rebuild(self) -> None:

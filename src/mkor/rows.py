@@ -46,16 +46,16 @@ class Chunks:
         start = (update % turn) * self.size
         return start.clamp(max=self.slack) if isinstance(start, Tensor) else min(start, self.slack)
 
-    def indices(self, update: Tensor) -> Tensor:
+    def indices(self, update: int | Tensor, device: torch.device) -> Tensor:
         """The samples of every chunk.
 
         Args:
-            update: Number of updates so far, a 0-dim integer tensor.
+            update: Number of updates so far.
+            device: Where the samples are.
 
         Returns:
-            ``[count, size]`` on the device of ``update``.
+            ``[count, size]``.
         """
-        device = update.device
         starts = torch.arange(self.count, device=device) * self.stride + self.offset(update)
         return starts.unsqueeze(1) + torch.arange(self.size, device=device)
 

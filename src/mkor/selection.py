@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from mkor.layers import LayerKind, describe
 
-__all__ = ["WIDEST_OUTPUT", "Layer", "Selection", "Skip", "clean_name", "select"]
+__all__ = ["WIDEST_OUTPUT", "Layer", "Selection", "Skip", "cleaner", "select"]
 
 WIDEST_OUTPUT = 30_000
 """Linear layers with more outputs than this are vocabularies, and left to the base optimizer."""
@@ -28,12 +28,14 @@ class Layer:
         name: Of its first module, without the prefixes of wrappers.
         kind: How it reads as ``y = W x (+ b)``.
         modules: More than one where a weight is shared.
+        has_bias: Whether there is a bias that the base optimizer trains with the weight.
         reason: Why it is left to the base optimizer; empty if it is preconditioned.
     """
 
     name: str
     kind: LayerKind
     modules: list[nn.Module]
+    has_bias: bool = False
     reason: str = ""
 
     @property
@@ -45,9 +47,9 @@ class Layer:
 
     @property
     def bias(self) -> Tensor | None:
-        """The current bias parameter."""
+        """The current bias parameter, if it is trained with the weight."""
         bias = self.modules[0].bias
-        return bias if isinstance(bias, Tensor) else None
+        return bias if self.has_bias and isinstance(bias, Tensor) else None
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
@@ -65,22 +67,44 @@ class Selection:
     Attributes:
         layers: Every layer of a supported kind, preconditioned or not.
         reasons: For other parameters, by their identity, why they are left to the base optimizer.
+        others: Layers, by name, that cannot be preconditioned but may stand next to the loss.
     """
 
     layers: list[Layer] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
+    others: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def clean_name(name: str) -> str:
-    """A module's or parameter's name without what DDP and ``torch.compile`` put before it.
+def cleaner(model: nn.Module) -> Callable[[str], str]:
+    """Names of modules and parameters without what DDP and ``torch.compile`` put before them.
 
     Args:
-        name: As in ``named_modules``.
+        model: The model, wrapped or not.
 
     Returns:
-        The name in the user's own model.
+        A function from names as in ``named_modules`` to names in the user's own model.
     """
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    wrapped = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.parallel.DistributedDataParallel) or "_orig_mod" in module._modules
+    }
+    # Around the whole model, anything that holds nothing but a module is a wrapper too.
+    name, module = "", model
+    while list(module._modules) in (["module"], ["_orig_mod"]) and not module._parameters:
+        wrapped.add(name)
+        (child,) = module._modules
+        name, module = f"{name}.{child}".lstrip("."), module.get_submodule(child)
+
+    def clean(name: str) -> str:
+        parts = name.split(".")
+        added = [
+            part in ("module", "_orig_mod") and ".".join(parts[:i]) in wrapped
+            for i, part in enumerate(parts)
+        ]
+        return ".".join(part for part, drop in zip(parts, added, strict=True) if not drop)
+
+    return clean
 
 
 def select(model: nn.Module, optimized: Iterable[Tensor], skip: Skip) -> Selection:
@@ -98,22 +122,16 @@ def select(model: nn.Module, optimized: Iterable[Tensor], skip: Skip) -> Selecti
     known = {id(p) for p in optimized}
     skipped = _skipped(model, skip)
     owners = _owners(model)
+    clean = cleaner(model)
     selection = Selection()
     by_weight: dict[int, Layer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            for parameter in module.parameters():
-                selection.reasons[id(parameter)] = (
-                    "nn.MultiheadAttention bypasses its layers' hooks"
-                )
-        kind = describe(module)
-        if isinstance(kind, str):
-            for parameter in module.parameters(recurse=False):
-                selection.reasons[id(parameter)] = kind
-        if kind is None or isinstance(kind, str):
+    for full_name, module in model.named_modules():
+        name, kind = clean(full_name), describe(module)
+        if kind is None:
             continue
-        reason = _unusable(module)
-        if reason:
+        reason = kind if isinstance(kind, str) else _unusable(module)
+        if isinstance(kind, str) or reason:
+            selection.others[name] = module
             for parameter in module.parameters():
                 selection.reasons[id(parameter)] = reason
             continue
@@ -124,12 +142,16 @@ def select(model: nn.Module, optimized: Iterable[Tensor], skip: Skip) -> Selecti
         shared = by_weight.get(id(weight))
         if shared is not None:
             shared.modules.append(module)
-            if shared.kind != kind or shared.bias is not bias:
-                shared.reason = (
-                    f"shares its weight with {clean_name(name)}, but not its form or bias"
-                )
+            if shared.kind != kind or shared.modules[0].bias is not bias:
+                shared.reason = f"shares its weight with {name}, but not its form or bias"
+                selection.reasons[id(bias)] = shared.reason
             continue
-        layer = Layer(clean_name(name), kind, [module])
+        layer = Layer(name, kind, [module])
+        if isinstance(bias, Tensor):
+            alone = len(owners[id(bias)]) == len(owners[id(weight)])
+            layer.has_bias = id(bias) in known and bias.requires_grad and alone
+            if not alone:
+                selection.reasons[id(bias)] = "shared by layers with different weights"
         layer.reason = (
             skipped.get(id(module))
             or _tied_reason(weight, owners)
@@ -144,7 +166,8 @@ def select(model: nn.Module, optimized: Iterable[Tensor], skip: Skip) -> Selecti
 def _skipped(model: nn.Module, skip: Skip) -> dict[int, str]:
     if isinstance(skip, str | nn.Module | type):
         raise TypeError(f"skip must be a list or tuple, got {skip!r}: write skip=[...]")
-    named = [(clean_name(name), module) for name, module in model.named_modules()]
+    clean = cleaner(model)
+    named = [(clean(name), module) for name, module in model.named_modules()]
     reasons: dict[int, str] = {}
     for entry in skip:
         matches = [module for name, module in named if _matches(entry, name, module)]
@@ -198,7 +221,7 @@ def _parameter_reason(weight: Tensor, known: set[int]) -> str:
     if id(weight) not in known:
         return "not among the base optimizer's parameters"
     if not weight.requires_grad:
-        return "frozen (requires_grad=False)"
+        return "frozen when it was wrapped (requires_grad=False)"
     if weight.device == torch.device("meta"):
         return "on the meta device"
     return ""

@@ -65,9 +65,7 @@ def check_base(model: nn.Module, optimizer: object, wrapper: type[Optimizer]) ->
             "first, for instance torch.optim.AdamW(model.parameters(), lr=1e-3)"
         )
     if isinstance(optimizer, wrapper):
-        raise TypeError(
-            f"optimizer is already a {type(optimizer).__name__}: pass its .base, or close() it"
-        )
+        raise TypeError(f"optimizer is already a {type(optimizer).__name__}: pass its .base")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(

@@ -61,6 +61,7 @@ class Watch:
         self._handles: list[Any] = []
         self._eager: EagerUntilFound | None = None
         self._silent = 0
+        self._just_decided = False
         self.selection = select(model, parameters, skip)
         chosen = [layer for layer in self.selection.layers if not layer.reason]
         self.batches: list[Batch]
@@ -78,7 +79,7 @@ class Watch:
             gate.search = OutputSearch()
             self._eager = EagerUntilFound()
         self._install()
-        weakref.finalize(self, _release, self._handles, gate, self._eager)
+        self._finalizer = weakref.finalize(self, _release, self._handles, gate, self._eager)
 
     def forget(self) -> None:
         """Drop what was captured since the last step."""
@@ -105,7 +106,12 @@ class Watch:
         Raises:
             RuntimeError: Several steps had gradients, but nothing was captured.
         """
-        if self.gate.calls or not self.gate.passes.most or self._silent < 0:
+        if self._silent < 0 or not self.gate.passes.most:
+            return
+        if self.gate.calls:
+            # The search ran eagerly, so it says nothing of what compiled code captures.
+            self._silent = 0 if self._just_decided else -1
+            self._just_decided = False
             return
         self._silent += 1
         if self._silent < PATIENCE:
@@ -131,14 +137,20 @@ class Watch:
         names = [layer.name for layer in self.selection.layers]
         outputs = search.outputs()
         votes = [[float(name in search.reached), float(name in outputs)] for name in names]
-        reached, output = self._communicator.sum_small(torch.tensor(votes)).T.tolist()
+        reached, output = self._communicator.sum_small(torch.tensor(votes, device="cpu")).T.tolist()
         if not any(reached):
             return False
         # Unanimous among the processes that used the layer.
+        seen = {n for n, r in zip(names, reached, strict=True) if r}
         decided = {n for n, r, o in zip(names, reached, output, strict=True) if r == o > 0}
         for batch in self.batches:
-            flags = [int(layer.name in decided) for layer in batch.layers]
-            batch.state["output"].copy_(torch.tensor(flags))
+            before = batch.state["output"].tolist()
+            flags = [
+                int(layer.name in decided) if layer.name in seen else max(0, known)
+                for layer, known in zip(batch.layers, before, strict=True)
+            ]
+            batch.state["output"].copy_(torch.tensor(flags, device="cpu"))
+        self._just_decided = True
         self.apply_decision()
         return True
 
@@ -163,13 +175,15 @@ class Watch:
     def close(self) -> None:
         """Take the hooks off and free the factors."""
         self._closed = True
+        self._finalizer.detach()
         _release(self._handles, self.gate, None)
         self._end_search()
         self.batches, self.buffers = [], []
 
     def _claim(self) -> None:
         """Be the only watch of these layers."""
-        for module in (m for layer in self.selection.layers for m in layer.modules):
+        chosen = (layer for layer in self.selection.layers if not layer.reason)
+        for module in (m for layer in chosen for m in layer.modules):
             reference = _watches.get(module)
             other = None if reference is None else reference()
             close = None if other is None or other._closed else other._close_owner()
@@ -195,11 +209,17 @@ class Watch:
             if site is None and self.gate.search is None:
                 continue
             for module in layer.modules:
-                hook = ForwardHook(self.gate, layer.name, site)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            if site is not None:
+                self._hook(module, ForwardHook(self.gate, layer.name, site))
+            if site is not None and layer.weight.requires_grad:
                 counter = self.gate.passes.counter(layer.name, self.gate)
                 self._handles.append(layer.weight.register_post_accumulate_grad_hook(counter))
+
+        if self.gate.search is not None:
+            for name, module in self.selection.others.items():
+                self._hook(module, ForwardHook(self.gate, name, None))
+
+    def _hook(self, module: nn.Module, hook: ForwardHook) -> None:
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _end_search(self) -> None:
         self.gate.search = None

@@ -74,10 +74,10 @@ class Window:
         dtype = self.factor_dtype
         if dtype is None:
             return
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
-                "factor_dtype must be a floating-point torch.dtype such as torch.bfloat16 or "
-                f"None, got {dtype!r}"
+                "factor_dtype must be None or a floating-point torch.dtype (float64, float32, "
+                f"bfloat16, float16), got {dtype!r}"
             )
 
     def init(self, shape: BatchShape) -> dict[str, Tensor]:
