@@ -144,7 +144,7 @@ def test_rows_count_over_micro_batches_between_updates_too():
         optimizer.zero_grad()
         for _ in range(4):
             model(torch.randn(40, 6)).square().mean().backward()
-        used.append(optimizer._gate.rows)
+        used.append(optimizer._preconditioner.gate.rows)
         optimizer.step()
     assert used == [8, 2, 2, 2, 2]
 

@@ -11,19 +11,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mkor.combined import Combined
     from mkor.coverage import Coverage, CoverageRow
+    from mkor.curvature.dense import DenseInverse
+    from mkor.curvature.eva import RankOne
+    from mkor.curvature.kfac import Covariance
     from mkor.curvature.window import Window
-    from mkor.optimizers import MKOR
+    from mkor.hybrid import LossRateSwitch
+    from mkor.optimizers import KFAC, MKOR, DenseMKOR, Eva
     from mkor.preconditioned import Preconditioned
 
 __version__ = "0.1.0"
-__all__ = ["MKOR", "Combined", "Coverage", "CoverageRow", "Preconditioned", "Window"]
+__all__ = [
+    "KFAC",
+    "MKOR",
+    "Combined",
+    "Covariance",
+    "Coverage",
+    "CoverageRow",
+    "DenseInverse",
+    "DenseMKOR",
+    "Eva",
+    "LossRateSwitch",
+    "Preconditioned",
+    "RankOne",
+    "Window",
+]
 
 _HOMES = {
+    "KFAC": "mkor.optimizers",
     "MKOR": "mkor.optimizers",
     "Combined": "mkor.combined",
+    "Covariance": "mkor.curvature.kfac",
     "Coverage": "mkor.coverage",
     "CoverageRow": "mkor.coverage",
+    "DenseInverse": "mkor.curvature.dense",
+    "DenseMKOR": "mkor.optimizers",
+    "Eva": "mkor.optimizers",
+    "LossRateSwitch": "mkor.hybrid",
     "Preconditioned": "mkor.preconditioned",
+    "RankOne": "mkor.curvature.eva",
     "Window": "mkor.curvature.window",
 }
 

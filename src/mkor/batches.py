@@ -37,7 +37,7 @@ class Batch:
         shape: Their common shape.
         curvature: Their kind of factor.
         sums: ``a [B, k, d_in]``, ``g [B, k, d_out]`` and ``meta [B, 3 + k]``, views into the flat
-            buffer; a side that is not used has width 0.
+            buffer; a side that is not used has width 0. Covariances follow the ``k`` vectors.
         update: 0-dim tensor on the same device, the number of updates so far.
     """
 
@@ -64,6 +64,9 @@ class Batch:
         self.state = self._initial()
         self.seen = torch.zeros(B, dtype=torch.bool, device=shape.device)
         self.finite = torch.ones_like(self.seen)
+        # Whether any layer was preconditioned in this step, and which.
+        self.touched = False
+        self.done = torch.zeros_like(self.seen)
         # Rows: norm of the raw and of the preconditioned gradient, their inner product.
         self.last = torch.zeros(3, B, dtype=shape.dtype, device=shape.device)
         # Rows: updates refused for non-finite statistics, gradients passed raw for the same reason.
@@ -72,7 +75,9 @@ class Batch:
     def release(self) -> None:
         """Free the factors of layers that are left to the base; keys and shapes stay."""
         self.state = {
-            key: tensor.new_zeros(()).expand(tensor.shape) if tensor.dim() > 2 else tensor
+            key: tensor.new_zeros(()).expand(tensor.shape)
+            if tensor.dim() > 1 and key != "norms"
+            else tensor
             for key, tensor in self.state.items()
         }
 
@@ -114,43 +119,57 @@ class Batch:
         norms = iter(torch._foreach_norm(present, 2, zero.dtype) if present else ())
         return torch.stack([zero if g is None else next(norms) for g in gradients])
 
-    def update(self, refuse: Tensor, scale: float | Tensor) -> None:
+    def update(self, refuse: Tensor, scale: float | Tensor, number: int) -> None:
         """Give this step's statistics to the curvature.
 
         Args:
             refuse: 0-dim, whether the step's batch is bad and nothing is learned from it.
             scale: What raw ``g`` is multiplied with beside the number of rows.
+            number: Updates of the optimizer before this one.
         """
         if all(self.skipped):
             return
+        accept = self.seen & ~refuse
+        self.curvature.update(self.state, self._statistics(accept, scale, number))
+        self.refused[0] += self.seen & refuse
+
+    def _statistics(self, accept: Tensor, scale: float | Tensor, number: int) -> Statistics:
         counts = self.meta[:, META:]
         rows = counts.clamp(min=1).unsqueeze(-1)
         used = counts.sum(1).clamp(min=1)
         g_scale = self.meta[:, 2] * scale
-        vectors, mean_square = {}, {}
+        k = counts.shape[1]
+        vectors, mean_square, covariance = {}, {}, {}
         if "left" in self.shape.sides:
-            vectors["left"] = self.g * g_scale.view(-1, 1, 1) / rows
+            vectors["left"] = self.g[:, :k] * g_scale.view(-1, 1, 1) / rows
             mean_square["left"] = self.meta[:, 1] * g_scale.square() / (used * self.shape.d_out)
+            if self.curvature.covariance:
+                covariance["left"] = self.g[:, k:] * (g_scale.square() / used).view(-1, 1, 1)
         if "right" in self.shape.sides:
-            vectors["right"] = self.a / rows
-            width = self.shape.d_in + self.shape.bias
+            vectors["right"] = self.a[:, :k] / rows
+            width = self.shape.full_width("right")
             ones = used if self.shape.bias else 0.0
             mean_square["right"] = (self.meta[:, 0] + ones) / (used * width)
-        accept = self.seen & ~refuse
-        self.curvature.update(self.state, Statistics(vectors, mean_square, counts > 0, accept))
-        self.refused[0] += self.seen & refuse
+            if self.curvature.covariance:
+                second = self.a[:, k:] / used.view(-1, 1, 1)
+                bias = self.shape.bias
+                covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
+        return Statistics(vectors, mean_square, counts > 0, accept, number, covariance)
 
-    def precondition(self, due: bool, rescale: str | None) -> None:
+    def precondition(self, due: bool, rescale: str | None, compare: bool = False) -> None:
         """Replace the layers' gradients by ``L^-1 M R^-1``, rescaled, in place.
 
         Args:
             due: Whether this step has statistics of its own; layers without any pass through then.
             rescale: ``"running"``, ``"step"`` or None.
+            compare: Whether the inner products of raw and preconditioned gradients are needed.
         """
         use = self.state["updates"] > 0
         if due:
             use = use & self.seen & self.finite
         ready = self._ready()
+        self.touched = bool(ready)
+        self.done = torch.zeros_like(self.seen)
         if not ready:
             return
         first, beyond = ready[0], ready[-1] + 1
@@ -163,12 +182,14 @@ class Batch:
             spot = slice(here.start - first, here.stop - first)
             rows = {key: tensor[spot] for key, tensor in prepared.items()}
             P, p = part.W, part.b
-            M = (P.clone(), None if p is None else p.clone()) if self.watched else None
+            keep = self.watched or compare
+            M = (P.clone(), None if p is None else p.clone()) if keep else None
             done = self.curvature.apply(rows, P, p, ok[here])
             raw, norm = self.last[0, here], linalg.joint_norm(P, p)
             self.last[1, here] = norm
             if M is not None:
                 self.last[2, here] = linalg.inner(*M, P, p)
+            self.done[here] = done
             self.refused[1, here] += use[here] & ~done
             ratio = self._ratio(here, raw, norm, done, rescale).unbind()
             for i, layer in enumerate(part.layers):
@@ -177,6 +198,20 @@ class Batch:
                 _write(W, P[i], ratio[i])
                 if p is not None and b is not None:
                     _write(b, p[i], ratio[i])
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the gradients that were just preconditioned; the others stay as they are.
+
+        Args:
+            factor: 0-dim.
+        """
+        factors = torch.where(self.done, factor, 1.0).unbind()
+        ready = self._ready()
+        for place in (0, 1):
+            pairs = [(self.layers[i].gradients[place], factors[i]) for i in ready]
+            found = [(gradient, by) for gradient, by in pairs if gradient is not None]
+            if found:
+                torch._foreach_mul_([g for g, _ in found], [by.to(g.dtype) for g, by in found])
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.
@@ -254,6 +289,12 @@ def _runs(places: list[int]) -> list[list[int]]:
     return runs
 
 
+def _with_ones(second: Tensor, mean: Tensor) -> Tensor:
+    """The covariance of ``[a 1]`` from that of ``a`` and the mean ``[B, 1, d]``."""
+    full = torch.cat([second, mean], dim=1)
+    return torch.cat([full, linalg.append_ones(mean).mT], dim=2)
+
+
 def _write(gradient: Tensor, new: Tensor, ratio: Tensor) -> None:
     new = new.view(gradient.shape)
     if new.dtype == gradient.dtype:
@@ -293,7 +334,7 @@ def allocate(
                 sums.append(buffer[start : start + len(group) * width].view(len(group), width))
                 start += len(group) * width
             a, g, meta = sums
-            views = (a.unflatten(1, (gate.vectors, -1)), g.unflatten(1, (gate.vectors, -1)), meta)
+            views = (_split(a, s.d_in, gate), _split(g, s.d_out, gate), meta)
             shape = BatchShape(len(group), s.d_out, s.d_in, s.bias, s.sides, s.dtype, s.device)
             batches.append(Batch(group, shape, curvature, views, update))
     return batches, buffers
@@ -308,5 +349,13 @@ def _shape(layer: Layer, gate: Gate) -> BatchShape:
 
 
 def _widths(shape: BatchShape, gate: Gate) -> tuple[int, int, int]:
-    k = gate.vectors
-    return k * shape.d_in * gate.right, k * shape.d_out * gate.left, META + k
+    right, left = (_rows(d, gate) * d for d in (shape.d_in, shape.d_out))
+    return right * gate.right, left * gate.left, META + gate.vectors
+
+
+def _rows(width: int, gate: Gate) -> int:
+    return gate.vectors + width * gate.covariance
+
+
+def _split(sums: Tensor, width: int, gate: Gate) -> Tensor:
+    return sums.view(len(sums), _rows(width, gate), -1) if sums.numel() else sums.unsqueeze(1)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mkor.layers import LayerKind, PartSums, Pick
+from mkor.layers import LayerKind
+from mkor.moments import moments
 from mkor.output_layer import OutputSearch
 from mkor.profiling import span
+from mkor.sums import PartSums, Pick
 
 __all__ = ["META", "ForwardHook", "Gate", "Passes", "Site"]
 
@@ -67,6 +69,7 @@ class Gate:
         rows: Rows per part and call; None for all.
         left: Whether ``g`` is captured.
         right: Whether ``a`` is captured.
+        covariance: Whether the outer products of all rows are captured with their sums.
         open: Whether passes count at present.
         update: Number of updates so far, which moves the chunks of rows.
         search: The search for the output layers while it is on.
@@ -78,6 +81,7 @@ class Gate:
     rows: int | None
     left: bool
     right: bool
+    covariance: bool = False
     open: bool = True
     update: int = 0
     search: OutputSearch | None = None
@@ -85,6 +89,47 @@ class Gate:
     passes: Passes = field(default_factory=Passes)
     _paused: int = field(default=0, repr=False)
     _wanted: bool = field(default=True, repr=False)
+
+    def pick(self, update: int | Tensor) -> Pick:
+        """Which rows the passes of this step use.
+
+        Args:
+            update: Number of updates so far.
+
+        Returns:
+            The choice.
+        """
+        return Pick(self.vectors, self.rows, update)
+
+    def inputs(self, kind: LayerKind, x: Tensor, pick: Pick) -> PartSums | None:
+        """What is taken from a call's input.
+
+        Args:
+            kind: Of the layer.
+            x: The input.
+            pick: Which rows are used.
+
+        Returns:
+            Sums; None where that side is not captured.
+        """
+        if not self.right:
+            return None
+        return moments(kind.input_rows(x)) if self.covariance else kind.input_sums(x, pick)
+
+    def outputs(self, kind: LayerKind, g: Tensor, pick: Pick) -> PartSums | None:
+        """What is taken from the gradient of a call's output.
+
+        Args:
+            kind: Of the layer.
+            g: The gradient.
+            pick: Which rows are used.
+
+        Returns:
+            Sums; None where that side is not captured.
+        """
+        if not self.left:
+            return None
+        return moments(kind.output_rows(g)) if self.covariance else kind.output_sums(g, pick)
 
     def want(self, wanted: bool) -> None:
         """Say whether the coming passes belong to an update.
@@ -122,8 +167,8 @@ class Site:
 
     Attributes:
         kind: How the layer reads as a matrix product.
-        a: ``[k, d_in]``, sums of inputs.
-        g: ``[k, d_out]``, sums of raw output gradients.
+        a: ``[k, d_in]``, sums of inputs; above ``[d_in, d_in]`` where covariances are captured.
+        g: ``[k, d_out]``, sums of raw output gradients; above ``[d_out, d_out]`` likewise.
         meta: ``[3 + k]``: sum of squares of ``a`` and of ``g``, rows of the step, rows per part.
         update: 0-dim tensor, the number of updates so far, for compiled code.
     """
@@ -172,8 +217,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         gate, site = ctx.gate, ctx.site
         a = PartSums(*ctx.saved_tensors, *ctx.rows) if gate.right else None
-        pick = Pick(gate.vectors, gate.rows, site.update)
-        site.add(a, site.kind.output_sums(grad.detach(), pick) if gate.left else None)
+        site.add(a, gate.outputs(site.kind, grad.detach(), gate.pick(site.update)))
         return grad, None, None, None
 
 
@@ -231,17 +275,16 @@ class ForwardHook:
             output.register_hook(lambda _: search.backward(self.key))
         if site is None or not _trains(module) or not site.kind.fits(x, output):
             return
-        pick = Pick(gate.vectors, gate.rows, gate.update)
+        pick = gate.pick(gate.update)
         with span("mkor.capture"):
-            a = site.kind.input_sums(x.detach(), pick) if gate.right else None
+            a = gate.inputs(site.kind, x.detach(), pick)
         output.register_hook(_GradientHook(gate, site, pick, a))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
         if site is None or not _trains(module) or not site.kind.fits(x, output):
             return None
-        pick = Pick(gate.vectors, gate.rows, site.update)
-        a = site.kind.input_sums(x.detach(), pick) if gate.right else None
+        a = gate.inputs(site.kind, x.detach(), gate.pick(site.update))
         tapped: Tensor = _Tap.apply(output, site, gate, a)  # type: ignore[no-untyped-call]
         return tapped
 
@@ -264,8 +307,7 @@ class _GradientHook:
         if not self.gate.open:
             return
         with torch.no_grad(), span("mkor.capture"):
-            kind = self.site.kind
-            g = kind.output_sums(grad.detach(), self.pick) if self.gate.left else None
+            g = self.gate.outputs(self.site.kind, grad.detach(), self.pick)
             self.site.add(self.a, g)
 
 

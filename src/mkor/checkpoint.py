@@ -70,12 +70,15 @@ class Entries:
     Args:
         batches: The layers with factors.
         parameters: All parameters of the optimizer.
-        shared: The counters.
+        shared: What every parameter's entry holds, by name.
     """
 
-    def __init__(self, batches: Iterable[Batch], parameters: Iterable[Tensor], shared: Tensor):
+    def __init__(
+        self, batches: Iterable[Batch], parameters: Iterable[Tensor], shared: Mapping[str, Tensor]
+    ) -> None:
         self.by_parameter: dict[Tensor, dict[str, Tensor]] = {
-            parameter: {PREFIX + "counters": shared} for parameter in parameters
+            parameter: {PREFIX + key: tensor for key, tensor in shared.items()}
+            for parameter in parameters
         }
         for batch in batches:
             for i, layer in enumerate(batch.layers):
@@ -126,7 +129,7 @@ class Entries:
                 raise ValueError(
                     f"the checkpoint has other factors for {name}: it holds {sorted(other)}, "
                     f"this optimizer {sorted(entry)}; build the optimizer with the settings "
-                    "(sides, skip, kind of curvature) that wrote it"
+                    "(sides, skip, hybrid, kind of curvature) that wrote it"
                 )
             for key in entry:
                 if entry[key].shape != other[key].shape:

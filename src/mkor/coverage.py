@@ -78,6 +78,7 @@ def report(
     batches: Iterable[Batch],
     searching: bool,
     groups: Sequence[dict[str, object]],
+    ended: str,
 ) -> Coverage:
     """Gather the rows.
 
@@ -87,6 +88,7 @@ def report(
         batches: The preconditioned layers.
         searching: Whether the output layers are still to be found.
         groups: The base's parameter groups.
+        ended: Why layers that could be preconditioned are not, once there are no batches.
 
     Returns:
         The coverage.
@@ -104,7 +106,7 @@ def report(
         place = places.get(id(layer))
         reason = _reason(parameter, layer, selection, owners[id(parameter)], optimized)
         if reason or place is None:
-            reason = reason or "the wrapper is closed"
+            reason = reason or ended
             rows.append(CoverageRow(name, tuple(parameter.shape), False, reason))
             continue
         rows.append(_covered(name, parameter, *place, searching))

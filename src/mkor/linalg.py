@@ -5,7 +5,8 @@ Shapes, used everywhere in the package; ``B`` layers of one shape form a batch:
 * ``W [B, d_out, d_in]``, ``b [B, d_out]``: gradient of weight and bias, together ``M = [W b]``;
 * ``V [B, r, d]``: the newest ``r`` statistics vectors of one side, one per row;
 * ``U [B, r, d]``: the whitened vectors; ``I - U^T U`` is the side's preconditioner;
-* ``u [B, r]``: the column of ``U`` that belongs to the constant input 1 of a bias.
+* ``u [B, r]``: the column of ``U`` that belongs to the constant input 1 of a bias;
+* ``H [B, d, d]``: the explicit inverse of one side, symmetric.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from torch import Tensor
 
 __all__ = [
     "age_weights",
+    "append_ones",
     "bias_correction",
+    "damped_inverse",
     "inner",
     "joint_norm",
+    "kl_scale",
     "momentum_average",
+    "multiply_left",
+    "multiply_right",
     "norm_ratio",
+    "rank_one_coefficient",
+    "rank_one_term",
     "subtract_left",
     "subtract_right",
     "whitening",
@@ -189,3 +197,122 @@ def norm_ratio(raw: Tensor, preconditioned: Tensor) -> Tensor:
     """
     ratio = raw / preconditioned
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+
+
+def append_ones(vectors: Tensor) -> Tensor:
+    """Mean inputs with the constant 1 that a bias multiplies.
+
+    Args:
+        vectors: ``[..., d_in]``.
+
+    Returns:
+        ``[..., d_in + 1]``.
+    """
+    return torch.cat([vectors, torch.ones_like(vectors[..., :1])], dim=-1)
+
+
+def rank_one_term(H: Tensor, v: Tensor, gain: float, inner: float) -> Tensor:
+    """The vector ``w`` with ``w w^T = |gain| H v v^T H / (1 + inner v^T H v)``.
+
+    Every rule of the paper's factors adds or subtracts such a term. As one vector's outer product
+    it keeps the factor symmetric to the last bit.
+
+    Args:
+        H: ``[B, d, d]``, symmetric.
+        v: ``[B, d]``; 0 gives 0.
+        gain: Coefficient of the term.
+        inner: Coefficient in the denominator.
+
+    Returns:
+        ``[B, d]``; 0 where rounding left no positive denominator, or ``v`` is too large for it.
+    """
+    Hv = (H @ v.unsqueeze(-1)).squeeze(-1)
+    w = Hv * (abs(gain) / (1 + inner * (v * Hv).sum(-1, keepdim=True))).sqrt()
+    return torch.where(w.sum(-1, keepdim=True).isfinite(), w, 0.0)
+
+
+def multiply_left(H: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``H [W b]``; costs ``2 d_out^2 d_in`` operations.
+
+    Args:
+        H: ``[B, d_out, d_out]``.
+        W: ``[B, d_out, d_in]``.
+        b: ``[B, d_out]``, or None for a layer without bias.
+
+    Returns:
+        The two blocks of the product.
+    """
+    return H @ W, None if b is None else (H @ b.unsqueeze(-1)).squeeze(-1)
+
+
+def multiply_right(H: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``[W b] H``; costs ``2 d_out d_in^2`` operations. No column is appended to the gradient.
+
+    Args:
+        H: ``[B, d_in, d_in]``; with the bias's row and column, if the layer has one.
+        W: ``[B, d_out, d_in]``.
+        b: ``[B, d_out]``, or None for a layer without bias, or whose bias has no gradient.
+
+    Returns:
+        The two blocks of the product.
+    """
+    d = W.shape[-1]
+    product = W @ H[:, :d, :d]
+    if b is None:
+        return product, None
+    column = H[:, :d, d]
+    product.baddbmm_(b.unsqueeze(-1), column.unsqueeze(-2))
+    return product, (W @ column.unsqueeze(-1)).squeeze(-1) + b * H[:, d, d].unsqueeze(-1)
+
+
+def damped_inverse(S: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """``(S + lambda I)^-1`` by Cholesky.
+
+    Args:
+        S: ``[B, d, d]``, symmetric; only its lower triangle is read.
+        damping: ``[B]``, ``lambda``.
+
+    Returns:
+        The inverses, and ``[B]`` bool, which are good; the others are undefined.
+    """
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    K, failed = torch.linalg.cholesky_ex(S + damping[:, None, None] * eye)
+    good = (failed == 0) & K.diagonal(dim1=1, dim2=2).sum(1).isfinite()
+    # cholesky_inverse raises where a factor is singular.
+    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], K, eye))
+    return inverse, good & inverse.sum((1, 2)).isfinite()
+
+
+def rank_one_coefficient(
+    a: Tensor, g: Tensor, W: Tensor, b: Tensor | None, damping: float
+) -> Tensor:
+    """The number ``g^T M a / (|a|^2 |g|^2 + delta)`` of Eva's closed form.
+
+    Args:
+        a: ``[B, d_in]``, mean inputs, with the bias's 1 as last entry where there is one.
+        g: ``[B, d_out]``, mean output gradients.
+        W: ``[B, d_out, d_in]``.
+        b: ``[B, d_out]`` or None.
+        damping: ``delta``.
+
+    Returns:
+        ``[B]``.
+    """
+    d = W.shape[-1]
+    Ma = (W @ a[:, :d].unsqueeze(-1)).squeeze(-1)
+    if b is not None:
+        Ma = Ma + b * a[:, d:]
+    return (g * Ma).sum(1) / (a.square().sum(1) * g.square().sum(1) + damping)
+
+
+def kl_scale(product: Tensor, limit: float) -> Tensor:
+    """``nu = min(1, sqrt(kappa / |sum lr^2 <P, M>|))``, the clip of a step's KL divergence.
+
+    Args:
+        product: 0-dim, the sum over layers of ``lr^2 <P, M>``.
+        limit: ``kappa``.
+
+    Returns:
+        0-dim.
+    """
+    return (limit / product.abs()).sqrt().clamp(max=1.0)

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
-from mkor.capture import Gate
-from mkor.communication import Communicator
-from mkor.coverage import Coverage, report
+from mkor.clipping import gradients_finite
+from mkor.coverage import Coverage
 from mkor.curvature.contract import Curvature
-from mkor.diagnostics import gather
+from mkor.hybrid import LossRateSwitch
+from mkor.preconditioner import Options, Preconditioner
 from mkor.profiling import span
 from mkor.selection import Skip
 from mkor.validation import check_base, check_curvature, check_model, check_options
-from mkor.watch import Watch
 
-__all__ = ["Preconditioned"]
+__all__ = ["Preconditioned", "WrapperOptions"]
+
+
+class WrapperOptions(TypedDict, total=False):
+    """The keywords that every optimizer hands on to :class:`Preconditioned` as they are."""
+
+    skip: Skip
+    skip_output: bool
+    sides: str
+    nonfinite: str
+    hybrid: LossRateSwitch | None
+    process_group: Any
 
 
 class Preconditioned(Optimizer):
@@ -41,12 +51,17 @@ class Preconditioned(Optimizer):
         rescale: What gives the preconditioned gradient its length: ``"running"``, the ratio of
             running averages of the norms before and after; ``"step"``, of the norms in this step
             (the paper, Algorithm 1, lines 9-10); None leaves it.
+        kl_clip: In place of ``rescale``, one factor for all preconditioned gradients ``P``:
+            ``min(1, sqrt(kl_clip / |sum lr^2 <P, M>|))`` (KAISA's and Eva's); None for none.
         skip: Modules, module types and ``fnmatch`` patterns on module names to leave to the base.
         skip_output: Leave the layers next to the loss to the base. They are found in the first
             backward pass, which therefore runs compiled models eagerly.
         sides: The sides in use: ``"both"``, ``"left"`` (outputs) or ``"right"`` (inputs).
         nonfinite: ``"propagate"`` steps on non-finite gradients as PyTorch does; ``"skip"`` leaves
             weights and base state alone in such a step, at the price of one synchronisation a step.
+        hybrid: A :class:`mkor.LossRateSwitch` to go on with the base alone, for good, when the loss
+            no longer falls fast (MKOR-H); None never does. It hears of the loss from ``step``'s
+            closure or :meth:`report_loss`.
         process_group: For the sum of statistics; None for the default group.
 
     Raises:
@@ -62,16 +77,26 @@ class Preconditioned(Optimizer):
         *,
         update_every: int = 1,
         rescale: str | None = "running",
+        kl_clip: float | None = None,
         skip: Skip = (),
         skip_output: bool = True,
         sides: str = "both",
         nonfinite: str = "propagate",
+        hybrid: LossRateSwitch | None = None,
         process_group: Any = None,
     ) -> None:
         check_model(model)
         check_base(model, optimizer, Preconditioned)
         check_curvature(curvature)
-        check_options(update_every, rescale, sides, nonfinite, skip_output)
+        check_options(
+            update_every=update_every,
+            rescale=rescale,
+            kl_clip=kl_clip,
+            sides=sides,
+            nonfinite=nonfinite,
+            skip_output=skip_output,
+            hybrid=hybrid,
+        )
         self._constructed = False
         super().__init__(list(checkpoint.all_parameters(optimizer.param_groups)), {})
         self.base = optimizer
@@ -80,26 +105,15 @@ class Preconditioned(Optimizer):
 
         self.curvature = curvature
         self.update_every = update_every
-        self.rescale = rescale
         self.nonfinite = nonfinite
         self.loss_scale: float | Tensor = 1.0
-        self._model = model
-        self._skip = skip if isinstance(skip, str | nn.Module | type) else tuple(skip)
-        self._skip_output = skip_output
-        self._communicator = Communicator(process_group)
-        self._gate = Gate(
-            curvature.vectors, curvature.rows, left=sides != "right", right=sides != "left"
-        )
-        self._steps = self._updates = self._skipped_steps = 0
-        self._passes = 1
-        self._counters = checkpoint.counters()
-        self._published = False
+        self._skipped_steps = 0
         self._closed = False
-        self._watch, self._entries = self._build()
-        self._begin()
-        # Distributed checkpoints take a state that is not empty for complete.
-        if self.base.state:
-            self._publish()
+        modules = skip if isinstance(skip, str | nn.Module | type) else tuple(skip)
+        options = Options(
+            update_every, rescale, kl_clip, modules, skip_output, sides, hybrid, process_group
+        )
+        self._preconditioner = Preconditioner(model, optimizer, curvature, options, self.close)
 
     # ---------------------------------------------------------------- an optimizer like any other
 
@@ -132,8 +146,8 @@ class Preconditioned(Optimizer):
         if not self._constructed:
             return
         self.base.add_param_group(param_group)
-        if not self._closed:
-            self._notice_new_parameters()
+        if self._preconditioner.active:
+            self._preconditioner.notice_new_parameters()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,13 +166,25 @@ class Preconditioned(Optimizer):
         if self._closed:
             self.base.step()
             return loss
-        self._precondition()
-        if self.nonfinite == "skip" and not self._gradients_finite():
-            self._skipped_steps += 1
-        else:
-            with self._own_entries_out(), span("mkor.base_step"):
-                self.base.step()
+        engine = self._preconditioner
+        if not engine.active:
+            self._step_base()
+            return loss
+        if engine.switch is not None and loss is not None:
+            engine.switch.report(loss)
+        engine.precondition(self.loss_scale)
+        with engine.withdrawn():
+            self._step_base()
+        engine.finish_step()
         return loss
+
+    def _step_base(self) -> None:
+        parameters = checkpoint.all_parameters(self.param_groups)
+        if self.nonfinite == "skip" and not gradients_finite(parameters):
+            self._skipped_steps += 1
+            return
+        with span("mkor.base_step"):
+            self.base.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics captured since the last step.
@@ -167,7 +193,7 @@ class Preconditioned(Optimizer):
             set_to_none: Set gradients to None rather than 0.
         """
         self.base.zero_grad(set_to_none)
-        self._watch.forget()
+        self._preconditioner.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state and the factors, in torch's format.
@@ -175,7 +201,8 @@ class Preconditioned(Optimizer):
         Returns:
             ``state`` and ``param_groups`` only; loads with ``torch.load(weights_only=True)``.
         """
-        packed = super().state_dict()
+        with self._preconditioner.shown():
+            packed = super().state_dict()
         packed["state"] = checkpoint.materialized(packed["state"])
         return packed
 
@@ -196,11 +223,11 @@ class Preconditioned(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         base_part, own = checkpoint.split(state_dict, self.param_groups)
         if not self._closed:
-            self._load_factors(own)
-        with self._own_entries_out():
+            self._preconditioner.load(own)
+        with self._preconditioner.withdrawn():
             self.base.load_state_dict(base_part)
-        if own and not self._closed:
-            self._publish()
+        if own:
+            self._preconditioner.published()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -219,10 +246,35 @@ class Preconditioned(Optimizer):
         """Take the hooks off and free the factors; the base is an ordinary optimizer again."""
         if self._closed:
             return
-        self._entries.take(self.base.state)
         self._closed = True
-        self._watch.close()
-        self._entries = checkpoint.Entries([], [], self._counters)
+        self._preconditioner.close()
+
+    def report_loss(self, loss: float | Tensor) -> None:
+        """Tell the hybrid switch of a loss, where :meth:`step` gets no closure.
+
+        Call it after each backward pass, on every process with its own loss. It does not
+        synchronise the device; the losses are averaged over steps and processes when the switch
+        looks at them. Losses that are not finite do not count; after the switch none does.
+
+        Args:
+            loss: A number, or a tensor with one; it may require gradients.
+
+        Raises:
+            RuntimeError: There is no switch to tell.
+            TypeError: ``loss`` is no number.
+        """
+        switch = self._preconditioner.switch
+        if switch is None:
+            raise RuntimeError(
+                "report_loss feeds the hybrid switch, which is off: pass hybrid=LossRateSwitch()"
+            )
+        if self._preconditioner.active:
+            switch.report(loss)
+
+    @property
+    def switched_at(self) -> int | None:
+        """Steps taken when the hybrid handed over to the base; None before, or without it."""
+        return self._preconditioner.switched_at
 
     def no_capture(self) -> AbstractContextManager[None]:
         """Forward and backward passes inside this context do not count (gradient penalties).
@@ -230,7 +282,7 @@ class Preconditioned(Optimizer):
         Returns:
             A context manager; it nests.
         """
-        return self._gate.pause()
+        return self._preconditioner.gate.pause()
 
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned, which are not, and why.
@@ -238,11 +290,7 @@ class Preconditioned(Optimizer):
         Returns:
             One row per parameter with rank, memory and cost; prints as a table.
         """
-        if not self._closed:
-            self._notice_new_parameters()
-        searching = self._gate.search is not None
-        watch = self._watch
-        return report(self._model, watch.selection, watch.batches, searching, self.param_groups)
+        return self._preconditioner.coverage()
 
     def diagnostics(self) -> dict[str, float]:
         """Figures of the last step, for any logger. Synchronises the device; free when not called.
@@ -253,128 +301,9 @@ class Preconditioned(Optimizer):
         rescaling; each side's figures (for windows ``left_lambda``, ``left_effective_rank``, ...).
         Counted from construction on: ``refused_updates``, dropped because a batch was not finite,
         and ``raw_gradients``, preconditioned gradients that were not finite and gave way to the
-        raw ones. Totals are under ``mkor/``.
+        raw ones. Totals are under ``mkor/``; with ``hybrid``, ``mkor/switched`` is 0 or 1.
 
         Returns:
             Names and numbers.
         """
-        steps = {"steps": self._steps, "updates": self._updates}
-        return gather(self._watch.batches, steps | {"skipped_steps": self._skipped_steps})
-
-    # ------------------------------------------------------------------------------------ phases
-
-    def _precondition(self) -> None:
-        self._notice_new_parameters()
-        watch = self._watch
-        if watch.decide_outputs():
-            self._renew_entries()
-        due = self._steps % self.update_every == 0
-        if due:
-            watch.check_captures()
-            with span("mkor.reduce"):
-                self._communicator.sum(watch.buffers)
-        with span("mkor.update"):
-            self._update(due)
-        with span("mkor.precondition"):
-            for batch in watch.batches:
-                batch.precondition(due, self.rescale)
-        self._steps += 1
-        self._updates += due
-        # Steps between updates, and steps without data, say nothing of the micro-batches.
-        self._passes = self._gate.passes.most or self._passes
-        watch.forget()
-        self._begin()
-        self._publish()
-
-    def _update(self, due: bool) -> None:
-        batches = self._watch.batches
-        bad = [batch.measure() for batch in batches]
-        if not (due and bad):
-            return
-        refuse = torch.stack([flag.to(bad[0].device) for flag in bad]).any()
-        scale = 1.0 / (self.loss_scale * self._communicator.world_size)
-        for batch in batches:
-            batch.update(refuse.to(batch.shape.device), scale)
-
-    def _begin(self) -> None:
-        """Prepare for the passes of the next step."""
-        rows = self.curvature.rows
-        if rows is not None:
-            rows = max(1, rows // (self._passes * self._communicator.world_size))
-        self._watch.begin(self._updates, self._steps % self.update_every == 0, rows)
-        numbers = (checkpoint.VERSION, self._steps, self._updates, self._passes)
-        self._counters.copy_(torch.tensor(numbers, device="cpu"))
-
-    def _gradients_finite(self) -> bool:
-        gradients = [p.grad for p in checkpoint.all_parameters(self.param_groups)]
-        present = [g._values() if g.is_sparse else g for g in gradients if g is not None]
-        norms = torch._foreach_norm(present) if present else ()
-        return all(bool(norm.isfinite()) for norm in norms)
-
-    # ------------------------------------------------------------------ layers and their entries
-
-    def _build(self) -> tuple[Watch, checkpoint.Entries]:
-        parameters = list(checkpoint.all_parameters(self.param_groups))
-        watch = Watch(
-            self._model,
-            parameters,
-            self.curvature,
-            self._gate,
-            self._skip,
-            self._skip_output,
-            self._communicator,
-            self.close,
-        )
-        return watch, checkpoint.Entries(watch.batches, parameters, self._counters)
-
-    def _notice_new_parameters(self) -> None:
-        """A part of a combined base may have got a group of its own."""
-        if len(set(checkpoint.all_parameters(self.param_groups))) != len(self._entries):
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        before = self._entries
-        before.take(self.base.state)
-        self._watch.close()
-        self._watch, self._entries = self._build()
-        self._entries.copy_from(before.by_parameter)
-        self._watch.apply_decision()
-        self._renew_entries()
-        self._begin()
-
-    def _renew_entries(self) -> None:
-        """Point the entries at the batches' state again after it moved."""
-        self._entries.take(self.base.state)
-        parameters = checkpoint.all_parameters(self.param_groups)
-        self._entries = checkpoint.Entries(self._watch.batches, parameters, self._counters)
-        if self._published:
-            self._publish()
-
-    def _load_factors(self, own: dict[Tensor, dict[str, Any]]) -> None:
-        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
-        saved = checkpoint.read_counters(own)
-        if own:
-            self._entries.check(own, names)
-        for batch in self._watch.batches:
-            batch.reset()
-        self._renew_entries()
-        self._entries.copy_from(own)
-        self._steps, self._updates, self._passes = saved
-        self._watch.apply_decision()
-        self._renew_entries()
-        self._watch.forget()
-        self._begin()
-
-    def _publish(self) -> None:
-        self._published = True
-        self._entries.put(self.base.state)
-
-    @contextmanager
-    def _own_entries_out(self) -> Iterator[None]:
-        """Bases initialise a parameter's state when it is empty, so theirs must be all they see."""
-        self._entries.take(self.base.state)
-        try:
-            yield
-        finally:
-            if self._published and not self._closed:
-                self._entries.put(self.base.state)
+        return self._preconditioner.diagnostics(self._skipped_steps)

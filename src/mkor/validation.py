@@ -9,6 +9,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from mkor.hybrid import LossRateSwitch
+
 __all__ = ["check_base", "check_curvature", "check_model", "check_options"]
 
 
@@ -99,16 +101,25 @@ def check_curvature(curvature: object) -> None:
 
 
 def check_options(
-    update_every: object, rescale: object, sides: object, nonfinite: object, skip_output: object
+    *,
+    update_every: object,
+    rescale: object,
+    kl_clip: object,
+    sides: object,
+    nonfinite: object,
+    skip_output: object,
+    hybrid: object,
 ) -> None:
     """Check the wrapper's keywords.
 
     Args:
         update_every: A whole number from 1.
         rescale: ``"running"``, ``"step"`` or None.
+        kl_clip: A positive number, or None; not beside ``rescale``.
         sides: ``"both"``, ``"left"`` or ``"right"``.
         nonfinite: ``"propagate"`` or ``"skip"``.
         skip_output: A bool.
+        hybrid: A ``LossRateSwitch`` or None.
 
     Raises:
         TypeError: One has the wrong type.
@@ -129,3 +140,20 @@ def check_options(
         if value not in allowed:
             listed = ", ".join(repr(choice) for choice in allowed)
             raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    _check_kl_clip(kl_clip, rescale)
+    if hybrid is not None and not isinstance(hybrid, LossRateSwitch):
+        raise TypeError(f"hybrid must be a mkor.LossRateSwitch(...) or None, got {hybrid!r}")
+
+
+def _check_kl_clip(kl_clip: object, rescale: object) -> None:
+    if kl_clip is None:
+        return
+    if isinstance(kl_clip, bool) or not isinstance(kl_clip, int | float):
+        raise TypeError(f"kl_clip must be a number or None, got {kl_clip!r}")
+    if not 0 < kl_clip < float("inf"):
+        raise ValueError(f"kl_clip must be positive and finite, got {kl_clip}")
+    if rescale is not None:
+        raise ValueError(
+            f"kl_clip={kl_clip} and rescale={rescale!r} both set the gradients' length: pass "
+            "rescale=None or kl_clip=None"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -46,6 +46,17 @@ class BatchShape:
         """
         return self.d_out if side == "left" else self.d_in
 
+    def full_width(self, side: str) -> int:
+        """Width of a side with the column of ones of a bias.
+
+        Args:
+            side: ``"left"`` or ``"right"``.
+
+        Returns:
+            ``d_out``, or ``d_in`` plus one where there is a bias.
+        """
+        return self.width(side) + (self.bias and side == "right")
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -58,12 +69,17 @@ class Statistics:
             column of ones.
         filled: ``[B, k]``, which slots hold a vector.
         accept: ``[B]``, which layers take the update; the others must stay bitwise as they are.
+        update: Updates of the optimizer before this one.
+        covariance: Per side ``[B, d, d]``: mean over all rows of ``g g^T`` and ``a a^T``, on the
+            right with the ones of a bias as last row and column; empty unless it was asked for.
     """
 
     vectors: dict[str, Tensor]
     mean_square: dict[str, Tensor]
     filled: Tensor
     accept: Tensor
+    update: int
+    covariance: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Curvature(Protocol):
@@ -83,6 +99,10 @@ class Curvature(Protocol):
     @property
     def momentum(self) -> float:
         """``gamma``, also used by ``rescale="running"``."""
+
+    @property
+    def covariance(self) -> bool:
+        """Whether updates need the full covariance of each side, from all rows."""
 
     def init(self, shape: BatchShape) -> dict[str, Tensor]:
         """Allocate the state: no update taken, every side the identity."""

@@ -9,11 +9,13 @@ ring buffer; its Gram matrix ``V V^T`` is kept up to date: an update costs ``2 k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mkor import linalg
+from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
 from mkor.curvature.contract import BatchShape, Statistics
 
 __all__ = ["Window"]
@@ -47,38 +49,18 @@ class Window:
     momentum: float = 0.98
     damping: float = 0.02
     factor_dtype: torch.dtype | None = None
+    covariance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("rank", "vectors", "rows"):
-            value = getattr(self, name)
-            if value is None and name == "rows":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(self, "rank", "vectors", "rows")
         if self.rank < self.vectors:
             raise ValueError(
                 f"rank={self.rank} cannot hold the {self.vectors} vectors of one update: "
                 f"use rank >= {self.vectors} or fewer vectors"
             )
-        for name, low, high in (("momentum", 0.0, 1.0), ("damping", 0.0, float("inf"))):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not low < value < high:
-                bounds = (
-                    "positive and finite" if name == "damping" else "between 0 and 1, exclusive"
-                )
-                raise ValueError(f"{name} must be {bounds}, got {value}")
-        dtype = self.factor_dtype
-        if dtype is None:
-            return
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                "factor_dtype must be None or a floating-point torch.dtype (float64, float32, "
-                f"bfloat16, float16), got {dtype!r}"
-            )
+        check_fraction(self, "momentum")
+        check_positive(self, "damping")
+        check_dtype(self.factor_dtype)
 
     def init(self, shape: BatchShape) -> dict[str, Tensor]:
         """Allocate an empty window.

@@ -1,0 +1,183 @@
+"""Convolutions: a row is the patch under one output position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mkor.rows import part_sizes, place_chunks, sum_parts
+from mkor.sums import PartSums, Pick, accumulator, choose, squares
+
+__all__ = ["ConvKind"]
+
+SLAB = 1 << 22
+"""Most entries of patches at a time, where all of them are needed."""
+
+
+@dataclass(frozen=True)
+class ConvKind:
+    """``nn.Conv1d/2d/3d`` without groups: a row is the patch under one output position.
+
+    A sum of patches is the patch sum of a summed image, and summing one axis' windows is a product
+    with a small 0/1 matrix, so no batch is ever unfolded for means; full covariances need patches.
+    """
+
+    d_in: int
+    d_out: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    padding_mode: str
+
+    def fits(self, x: Tensor, output: Tensor) -> bool:
+        """Whether images became images with ``d_out`` channels; see :class:`LayerKind`.
+
+        Args:
+            x: Input of a call.
+            output: Output of the call.
+
+        Returns:
+            False for anything else.
+        """
+        axes = len(self.kernel)
+        if x.is_nested or x.dim() not in (axes + 1, axes + 2) or x.dim() != output.dim():
+            return False
+        return output.shape[-axes - 1] == self.d_out
+
+    def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
+        """Sums of ``a`` over the patches of the chosen images; see :class:`LayerKind`.
+
+        Args:
+            x: ``[n, channels, *spatial]``, or one image without the first dimension.
+            pick: Which rows are used; a chunk is whole images.
+
+        Returns:
+            Vectors ``[k, channels * kernel positions]``, ordered like the flattened weight.
+        """
+        x = self._batched(x)
+        sizes = x.shape[2:]
+        positions = math.prod([self._outputs(axis, size) for axis, size in enumerate(sizes)])
+        runs, counts = self._images(x, pick, positions)
+        maps = [self._axis_map(axis, size, x) for axis, size in enumerate(sizes)]
+        images = sum_parts(runs, lambda run: run.sum(1, dtype=accumulator(x)), pick.vectors)
+        square = _patch_sums(_image_squares(runs), maps).sum()
+        return PartSums(_patch_sums(images, maps).flatten(1), square, counts, len(x) * positions)
+
+    def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
+        """Sums of raw ``g`` over the positions of the chosen images; see :class:`LayerKind`.
+
+        Args:
+            g: ``[n, d_out, *output positions]``, or one image without the first dimension.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[k, d_out]``.
+        """
+        g = self._batched(g)
+        positions = math.prod(g.shape[2:])
+        runs, counts = self._images(g, pick, positions)
+        dims = (1, *range(3, g.dim() + 1))
+        vectors = sum_parts(runs, lambda run: run.sum(dims, dtype=accumulator(g)), pick.vectors)
+        return PartSums(vectors, squares(runs), counts, len(g) * positions)
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """All patches, a few images at a time; see :class:`LayerKind`.
+
+        Args:
+            x: ``[n, channels, *spatial]``, or one image without the first dimension.
+
+        Yields:
+            ``[patches, channels * kernel positions]``, ordered like the flattened weight.
+        """
+        x = self._batched(x)
+        sizes = enumerate(x.shape[2:])
+        positions = math.prod([self._outputs(axis, size) for axis, size in sizes])
+        images = max(1, SLAB // max(1, positions * self.d_in))
+        for slab in x.split(images):
+            yield self._patches(slab)
+
+    def output_rows(self, g: Tensor) -> Iterator[Tensor]:
+        """All positions; see :class:`LayerKind`.
+
+        Args:
+            g: ``[n, d_out, *output positions]``, or one image without the first dimension.
+
+        Yields:
+            ``[positions, d_out]``.
+        """
+        yield self._batched(g).movedim(1, -1).reshape(-1, self.d_out)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        axes = len(self.kernel)
+        if any(map(any, self.padding)):
+            flat = [p for both in reversed(self.padding) for p in both]
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, flat, mode)
+        for axis in range(axes):
+            dilation = self.dilation[axis]
+            x = x.unfold(2 + axis, dilation * (self.kernel[axis] - 1) + 1, self.stride[axis])
+            x = x[..., ::dilation]
+        order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+        return x.permute(order).reshape(-1, self.d_in)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
+
+    def _images(self, x: Tensor, pick: Pick, positions: int) -> tuple[list[Tensor], list[int]]:
+        chunks = None
+        if pick.rows is not None:
+            per_chunk = max(1, round(pick.rows / max(1, positions)))
+            chunks = place_chunks(len(x), pick.vectors, per_chunk)
+        sizes = [chunks.size] * pick.vectors if chunks else part_sizes(len(x), pick.vectors)
+        return choose(x, pick, chunks), [n * positions for n in sizes]
+
+    def _outputs(self, axis: int, size: int) -> int:
+        span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return (size + sum(self.padding[axis]) - span) // self.stride[axis] + 1
+
+    def _axis_map(self, axis: int, size: int, like: Tensor) -> Tensor:
+        # The compiler folds the map into the graph and warns of caches.
+        build = _axis_map.__wrapped__ if torch.compiler.is_compiling() else _axis_map
+        shape = (self.kernel[axis], self.stride[axis], self.dilation[axis], self.padding[axis])
+        return build(size, *shape, self.padding_mode, accumulator(like), like.device)
+
+
+@lru_cache(maxsize=256)
+def _axis_map(
+    size: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int],
+    padding_mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """``[size, kernel]``: how often each position of an axis lies under each kernel tap."""
+    where = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    padded = F.pad(where, padding, mode, size if mode == "constant" else None)
+    taps = padded.view(-1).unfold(0, dilation * (kernel - 1) + 1, stride)[:, ::dilation]
+    counts = torch.zeros(size + 1, kernel, dtype=dtype, device=device)
+    return counts.scatter_add_(0, taps.long(), torch.ones_like(taps, dtype=dtype))[:size]
+
+
+def _patch_sums(images: Tensor, maps: list[Tensor]) -> Tensor:
+    """``[k, channels, *spatial]`` to ``[k, channels, *kernel]``, one axis at a time."""
+    with torch.autocast(images.device.type, enabled=False):
+        for axis_map in maps:
+            images = torch.tensordot(images, axis_map, dims=([2], [0]))
+    return images
+
+
+def _image_squares(runs: list[Tensor]) -> Tensor:
+    """``[1, channels, *spatial]``: squares summed over images."""
+    norms = [torch.linalg.vector_norm(run, dim=(0, 1), dtype=accumulator(run)) for run in runs]
+    return torch.stack(norms).square().sum(0, keepdim=True)

@@ -1,0 +1,218 @@
+"""The paper's factor: the inverse of a side kept as a matrix, updated by rank-1 terms.
+
+Each update first decays the previous inverse ``H`` to ``B`` and then applies its vectors one after
+the other, ``k`` in all, each divided by ``sqrt(k)``: ``B <- B +- w w^T``. The three published rules
+are three rows of one table, :data:`RULES`; they are different preconditioners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mkor import linalg
+from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
+from mkor.curvature.contract import BatchShape, Statistics
+from mkor.curvature.explicit import apply_inverses, identities, inverse_cost
+
+__all__ = ["RULES", "DenseInverse", "Rule", "rule_of"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``B = decay H + shift I``, then ``B + gain B v v^T B / (1 + inner v^T B v)``."""
+
+    decay: float
+    shift: float
+    gain: float
+    inner: float
+
+
+RULES = ("exact", "paper", "release")
+"""Names of the rules; see :func:`rule_of`."""
+
+
+def rule_of(name: str, gamma: float) -> Rule:
+    """A published rule at a given momentum.
+
+    ``"exact"`` is Sherman-Morrison of ``gamma S + (1-gamma) v v^T``. ``"paper"`` is Algorithm 1,
+    lines 7-8, as printed: the sign is plus, so it amplifies along ``v``. ``"release"`` is the
+    authors' code.
+
+    Args:
+        name: One of :data:`RULES`.
+        gamma: Momentum.
+
+    Returns:
+        Its numbers. With ``B = gamma H`` the printed term's ``H v`` is ``B v / gamma``, hence the
+        fourth power.
+    """
+    new = 1 - gamma
+    return {
+        "exact": Rule(1 / gamma, 0.0, -new, new),
+        "paper": Rule(gamma, 0.0, new / gamma**4, new),
+        "release": Rule(gamma, new, -1.0, 1.0),
+    }[name]
+
+
+@dataclass(frozen=True)
+class DenseInverse:
+    """Explicit inverses by rank-1 updates (the paper, Algorithm 1, lines 5-8).
+
+    State, per side: ``inverse [B, d, d]``, symmetric to the last bit, the identity at first; for
+    both: ``updates [B]``. An update costs ``O(k d^2)``, preconditioning ``2 d_out d_in (d_out +
+    d_in)`` operations.
+
+    Attributes:
+        rule: ``"exact"``, ``"paper"`` or ``"release"``.
+        vectors: Vectors per update, ``k``.
+        rows: Rows averaged in a vector; None for all rows, as in the paper.
+        momentum: ``gamma``, in (0, 1).
+        epsilon: The stabilizer acts on a side when the largest entry of its inverse, in absolute
+            value, exceeds this; None turns it off.
+        zeta: What the stabilizer keeps: ``H <- zeta H + (1-zeta) I``, in (0, 1).
+        factor_dtype: Of the stored inverses; None for float32, or float64 where the weight is.
+            Arithmetic accumulates in at least float32.
+
+    Raises:
+        ValueError: A number is out of its range, or there is no such rule.
+        TypeError: A number or dtype has the wrong type.
+    """
+
+    rule: str = "paper"
+    vectors: int = 1
+    rows: int | None = None
+    momentum: float = 0.95
+    epsilon: float | None = 10.0
+    zeta: float = 0.4
+    factor_dtype: torch.dtype | None = None
+    covariance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        check_counts(self, "vectors", "rows")
+        check_fraction(self, "momentum", "zeta")
+        if self.epsilon is not None:
+            check_positive(self, "epsilon")
+        check_dtype(self.factor_dtype)
+
+    def init(self, shape: BatchShape) -> dict[str, Tensor]:
+        """Allocate identities.
+
+        Args:
+            shape: Of the batch of layers.
+
+        Returns:
+            The state.
+        """
+        dtype = self.factor_dtype or shape.dtype
+        updates = torch.zeros(shape.layers, dtype=torch.int64, device=shape.device)
+        inverses = {f"{side}_inverse": identities(shape, side, dtype) for side in shape.sides}
+        return {"updates": updates, **inverses}
+
+    def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
+        """Stabilize, decay, and add the new vectors' terms.
+
+        Args:
+            state: Changed in place; layers that do not accept stay as they are.
+            statistics: Of this update.
+        """
+        accept, filled = statistics.accept, statistics.filled
+        use = (filled & accept.unsqueeze(1)).unsqueeze(-1)
+        made = filled.sum(1).clamp(min=1)[:, None, None]
+        for side, vectors in statistics.vectors.items():
+            inverse = state[f"{side}_inverse"]
+            # A bias shows in the width: its inputs are ones.
+            wide = vectors.shape[-1] != inverse.shape[-1]
+            v = linalg.append_ones(vectors) if wide else vectors
+            v = torch.where(use, v / made.to(v.dtype).sqrt(), 0.0)
+            H = inverse.to(v.dtype)
+            self._update_side(H, v, accept)
+            if H is not inverse:
+                inverse.copy_(H)
+        state["updates"] += accept
+
+    def _update_side(self, H: Tensor, v: Tensor, accept: Tensor) -> None:
+        rule = rule_of(self.rule, self.momentum)
+        keep = torch.ones_like(v[:, 0, 0])
+        if self.epsilon is not None:
+            largest = torch.linalg.vector_norm(H, float("inf"), dim=(1, 2))
+            keep = torch.where(largest > self.epsilon, self.zeta, keep)
+        # Stabilizer and decay are one pass: decay (keep H + (1-keep) I) + shift I.
+        scale = torch.where(accept, rule.decay * keep, 1.0)
+        shift = torch.where(accept, rule.decay * (1 - keep) + rule.shift, 0.0)
+        H.mul_(scale[:, None, None]).diagonal(dim1=1, dim2=2).add_(shift.unsqueeze(1))
+        sign = 1 if rule.gain > 0 else -1
+        for one in v.unbind(1):
+            w = linalg.rank_one_term(H, one, rule.gain, rule.inner)
+            H.addcmul_(w.unsqueeze(2), w.unsqueeze(1), value=sign)
+
+    def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
+        """The inverses themselves.
+
+        Args:
+            state: The factors.
+            shape: Of the batch of layers.
+
+        Returns:
+            By side, ``[B, d, d]``.
+        """
+        return {side: state[f"{side}_inverse"] for side in shape.sides}
+
+    def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+        """``L^-1 [W b] R^-1`` in place.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, d_out, d_in]``, the weight's gradient.
+            b: ``[B, d_out]``, the bias's gradient, or None.
+            ok: ``[B]`` bool; other layers stay as they are.
+
+        Returns:
+            ``ok`` less the layers whose product is not finite.
+        """
+        return apply_inverses(prepared, W, b, ok)
+
+    def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
+        """The stabilizer's norm and the trace of each side.
+
+        Args:
+            state: The factors.
+            shape: Of the batch of layers.
+
+        Returns:
+            ``{side}_largest_entry`` and ``{side}_mean_eigenvalue``, each ``[B]``.
+        """
+        figures = {}
+        for side in shape.sides:
+            H = state[f"{side}_inverse"]
+            figures[f"{side}_largest_entry"] = H.abs().amax((1, 2)).to(shape.dtype)
+            mean = H.diagonal(dim1=1, dim2=2).to(shape.dtype).mean(1)
+            figures[f"{side}_mean_eigenvalue"] = mean
+        return figures
+
+    def kept(self, shape: BatchShape) -> int:
+        """The full width: nothing is truncated.
+
+        Args:
+            shape: Of the batch of layers.
+
+        Returns:
+            The larger side's width.
+        """
+        return max(shape.full_width(side) for side in shape.sides)
+
+    def cost(self, shape: BatchShape) -> int:
+        """Operations of preconditioning one layer.
+
+        Args:
+            shape: Of the batch of layers.
+
+        Returns:
+            The number of floating-point operations.
+        """
+        return inverse_cost(shape)

@@ -1,0 +1,123 @@
+"""Linear layers: every leading dimension counts rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mkor.rows import Chunks, part_sizes, place_chunks, sum_parts, take_parts
+from mkor.sums import PartSums, Pick, accumulator, choose, squares
+
+__all__ = ["LinearKind"]
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    """``nn.Linear``: the last dimension holds features, all others count rows."""
+
+    d_in: int
+    d_out: int
+
+    def fits(self, x: Tensor, output: Tensor) -> bool:
+        """Whether ``[*, d_in]`` became ``[*, d_out]``; see :class:`LayerKind`.
+
+        Args:
+            x: Input of a call.
+            output: Output of the call.
+
+        Returns:
+            False for anything else.
+        """
+        if x.is_nested or x.dim() == 0:
+            return False
+        return x.shape[-1] == self.d_in and output.shape == (*x.shape[:-1], self.d_out)
+
+    def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
+        """Sums of ``a``; see :class:`LayerKind`.
+
+        Args:
+            x: ``[*, d_in]``; one dimension is a single row.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[k, d_in]``.
+        """
+        return _row_sums(x, pick)
+
+    def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
+        """Sums of raw ``g``; see :class:`LayerKind`.
+
+        Args:
+            g: ``[*, d_out]``.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[k, d_out]``.
+        """
+        return _row_sums(g, pick)
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """All rows; see :class:`LayerKind`.
+
+        Args:
+            x: ``[*, d_in]``.
+
+        Yields:
+            ``[n, d_in]``.
+        """
+        yield x.reshape(-1, self.d_in)
+
+    def output_rows(self, g: Tensor) -> Iterator[Tensor]:
+        """All rows; see :class:`LayerKind`.
+
+        Args:
+            g: ``[*, d_out]``.
+
+        Yields:
+            ``[n, d_out]``.
+        """
+        yield g.reshape(-1, self.d_out)
+
+
+def _row_sums(x: Tensor, pick: Pick) -> PartSums:
+    x = x.unsqueeze(0) if x.dim() == 1 else x
+    total = math.prod(x.shape[:-1])
+    chunks = None
+    if pick.rows is None:
+        # The cut is along the first dimension: a sequence is never divided.
+        per_sample = math.prod(x.shape[1:-1])
+        counts = [n * per_sample for n in part_sizes(x.shape[0], pick.vectors)]
+        runs = [run.flatten(1, -2) for run in take_parts(x, pick.vectors, None, 0)]
+    else:
+        chunks = place_chunks(total, pick.vectors, pick.rows)
+        counts = [chunks.size] * pick.vectors if chunks else part_sizes(total, pick.vectors)
+        runs = _row_runs(x, pick, chunks)
+    vectors = sum_parts(runs, lambda run: run.sum(1, dtype=accumulator(x)), pick.vectors)
+    return PartSums(vectors, squares(runs), counts, total)
+
+
+def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
+    if chunks is not None and not isinstance(pick.update, Tensor) and not _flattens(x):
+        # Flattening would copy the whole batch to read a few rows of it.
+        return [x[_coordinates(chunks.indices(pick.update, x.device), x.shape[:-1])]]
+    return choose(x.flatten(0, -2), pick, chunks)
+
+
+def _coordinates(flat: Tensor, sizes: torch.Size) -> tuple[Tensor, ...]:
+    """What ``unravel_index`` gives, without its tensors on the host."""
+    coordinates = []
+    for size in reversed(sizes):
+        coordinates.append(flat % size)
+        flat = flat // size
+    return tuple(reversed(coordinates))
+
+
+def _flattens(x: Tensor) -> bool:
+    """Whether the leading dimensions merge into one without a copy."""
+    lead = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    return all(outer == n * inner for (_, outer), (n, inner) in pairwise(lead))

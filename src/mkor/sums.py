@@ -1,0 +1,89 @@
+"""Sums over the chosen rows of one call of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mkor.rows import Chunks, take_parts
+
+__all__ = ["PartSums", "Pick", "accumulator", "choose", "squares"]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which rows of a call are used.
+
+    Attributes:
+        vectors: Number of parts, ``k``.
+        rows: Rows per part, ``m``; None for all rows.
+        update: Number of updates so far: an int, or a 0-dim tensor in compiled code.
+    """
+
+    vectors: int
+    rows: int | None
+    update: int | Tensor
+
+
+@dataclass(frozen=True)
+class PartSums:
+    """Sums over the used rows of one call of a layer, for one side.
+
+    Attributes:
+        vectors: ``[k, d]``, the sum of each part's rows; 0 for an empty part.
+        square: Sum of the squares of all used entries, a 0-dim tensor.
+        counts: Rows in each part.
+        total: Rows of the whole call, used or not.
+    """
+
+    vectors: Tensor
+    square: Tensor
+    counts: list[int]
+    total: int
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype that sums of a tensor are kept in.
+
+    Args:
+        x: Any tensor of numbers.
+
+    Returns:
+        float64 for float64, else float32.
+    """
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def squares(runs: list[Tensor]) -> Tensor:
+    """Sum of all squares; part by part, since a norm over gaps between parts is slow.
+
+    Args:
+        runs: ``[parts, samples, ...]`` each.
+
+    Returns:
+        0-dim.
+    """
+    norms = [
+        torch.linalg.vector_norm(run.flatten(2), dim=(1, 2), dtype=accumulator(run)) for run in runs
+    ]
+    return (norms[0] if len(norms) == 1 else torch.cat(norms)).square().sum()
+
+
+def choose(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
+    """The chosen samples of a call.
+
+    Args:
+        x: ``[samples, ...]``.
+        pick: Which rows are used.
+        chunks: Chosen chunks, or None for the whole batch.
+
+    Returns:
+        As :func:`mkor.rows.take_parts` returns them.
+    """
+    if isinstance(pick.update, Tensor):
+        if chunks is not None:
+            return [x[chunks.indices(pick.update, x.device)]]
+        return take_parts(x, pick.vectors, None, 0)
+    return take_parts(x, pick.vectors, chunks, pick.update)
