@@ -9,14 +9,18 @@ from mkor.bench.contestants import Part, parse_contestant, parse_contestants
 from mkor.bench.errors import UsageError
 from mkor.bench.optimizers import (
     BASES,
-    WRAPPERS,
     build,
     centre,
     check,
     check_names,
     grid,
     hidden_matrices,
+    options_of,
 )
+from mkor.bench.rates import RATES
+from mkor.bench.tasks import TASKS
+from mkor.bench.training import report_loss
+from mkor.bench.wrappers import WRAPPERS, has_switch
 
 
 def model() -> nn.Module:
@@ -45,6 +49,9 @@ def test_options_of_a_base_and_their_types() -> None:
         ("mkor[rank=3+adamw", "brackets"),
         ("mkor]rank=3[+adamw", "brackets"),
         ("mkor[rank]+adamw", "option=value"),
+        ("kfac[release]+adamw", "option=value"),
+        ("dense-mkor[release,rule=paper]+adamw", "twice"),
+        ("dense-mkor[1]+adamw", "option=value"),
         ("mkor[rank=]+adamw", "option=value"),
         ("mkor[rank=3,rank=4]+adamw", "twice"),
         ("mkor[rank=3]x+adamw", "name"),
@@ -67,6 +74,12 @@ def test_what_cannot_be_read_is_said(text: str, message: str) -> None:
         ("mkor+admw", "Did you mean 'adamw'"),
         ("mkor", "write mkor\\+adamw"),
         ("mkor[rnk=3]+adamw", "unknown option of mkor 'rnk'. Did you mean 'rank'"),
+        ("mkor[fraction=0.2]+adamw", "unknown option of mkor 'fraction'"),
+        ("mkor[hybrid=3]+adamw", "unknown option of mkor 'hybrid'"),
+        ("mkor-h[fractoin=0.2]+adamw", "Did you mean 'fraction'"),
+        ("rescale[rnk=3]+adamw", "Did you mean 'rank'"),
+        ("kfac[inverse_evry=3]+adamw", "Did you mean 'inverse_every'"),
+        ("eva[rule=paper]+adamw", "unknown option of eva 'rule'"),
         ("adamw[weightdecay=3]", "Did you mean 'weight_decay'"),
     ],
 )
@@ -75,7 +88,18 @@ def test_unknown_names_come_with_a_suggestion(text: str, message: str) -> None:
         check_names(parse_contestant(text))
 
 
-@pytest.mark.parametrize("text", ["mkor[rank=0]+adamw", "mkor[sides=up]+adamw", "adamw[betas=3]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mkor[rank=0]+adamw",
+        "mkor[sides=up]+adamw",
+        "adamw[betas=3]",
+        "rescale[rank=0]+adamw",
+        "dense-mkor[relase]+sgd",
+        "mkor-h[fraction=2]+sgd",
+        "kfac[rescale=step,kl_clip=0.001]+sgd",
+    ],
+)
 def test_wrong_values_are_found_before_anything_runs(text: str) -> None:
     with pytest.raises(UsageError, match="cannot be made"):
         check(parse_contestant(text), model())
@@ -89,10 +113,13 @@ def test_every_row_of_the_tables_trains(base: str, wrapper: str | None) -> None:
     check_names(contestant)
     optimizer = build(contestant, net, 1e-3, 0.01)
     if wrapper:
-        assert isinstance(optimizer, getattr(mkor, WRAPPERS[wrapper].name))
+        assert isinstance(optimizer, mkor.Preconditioned)
+        assert any(row.preconditioned for row in optimizer.coverage())
     before = [weight.detach().clone() for weight in net.parameters()]
     for _ in range(3):
-        net(torch.randn(16, 4)).square().mean().backward()
+        loss = net(torch.randn(16, 4)).square().mean()
+        loss.backward()
+        report_loss(contestant, optimizer, loss)
         optimizer.step()
         optimizer.zero_grad()
     assert all(
@@ -104,6 +131,73 @@ def test_options_reach_the_optimizer() -> None:
     optimizer = build(parse_contestant("adamw[weight_decay=0.5,lr=7]"), model(), 1e-3, 0.01)
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def made(text: str) -> mkor.Preconditioned:
+    contestant = parse_contestant(text)
+    check_names(contestant)
+    optimizer = build(contestant, model(), 1e-3, 0.01)
+    assert isinstance(optimizer, mkor.Preconditioned)
+    return optimizer
+
+
+@pytest.mark.parametrize("text", ["dense-mkor[release]+sgd", "Dense-MKOR[rule=release]+sgd"])
+def test_a_bare_word_is_the_rule(text: str) -> None:
+    assert parse_contestant(text).wrapper == Part("dense-mkor", {"rule": "release"})
+    optimizer = made(text)
+    assert isinstance(optimizer, mkor.DenseMKOR)
+    assert optimizer.curvature.rule == "release"
+
+
+def test_a_bare_word_stands_beside_other_options() -> None:
+    optimizer = made("dense-mkor[vectors=2,exact,momentum=0.5]+adamw")
+    curvature = optimizer.curvature
+    assert (curvature.rule, curvature.vectors, curvature.momentum) == ("exact", 2, 0.5)
+
+
+def test_options_of_kfac_and_eva_reach_them() -> None:
+    kfac = made("kfac[update_every=2,inverse_every=6,pi_correction=true]+adamw")
+    assert isinstance(kfac, mkor.KFAC)
+    assert kfac.update_every == 2
+    assert kfac.curvature.inverse_every == 3
+    assert kfac.curvature.pi_correction is True
+    eva = made("eva[damping=0.5]+lamb")
+    assert isinstance(eva, mkor.Eva)
+    assert eva.curvature.damping == 0.5
+
+
+def test_options_of_the_switch_go_to_it_and_the_others_to_mkor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    switches = []
+
+    class Spy(mkor.MKOR):
+        def __init__(self, *args: object, hybrid: object = None, **options: object) -> None:
+            switches.append(hybrid)
+            super().__init__(*args, hybrid=hybrid, **options)
+
+    monkeypatch.setattr(
+        "mkor.bench.wrappers.public", lambda name: Spy if name == "MKOR" else getattr(mkor, name)
+    )
+    contestant = parse_contestant("mkor-h[fraction=0.2,rank=8,vectors=2,every=3]+adamw")
+    optimizer = build(contestant, model(), 1e-3, 0.01)
+    assert optimizer.curvature == mkor.Window(rank=8, vectors=2)
+    assert switches == [mkor.LossRateSwitch(fraction=0.2, every=3)]
+    assert has_switch(contestant.wrapper)
+    assert not has_switch(parse_contestant("mkor+adamw").wrapper)
+    assert not has_switch(None)
+
+
+def test_all_options_are_told_those_left_alone_included() -> None:
+    options = options_of(parse_contestant("mkor-h[rank=8,fraction=0.5]+sgd[nesterov=true]"))
+    assert options["base"]["nesterov"] is True
+    assert options["base"]["momentum"] == 0.9
+    assert options["base"]["dampening"] == 0
+    assert (options["wrapper"]["rank"], options["wrapper"]["fraction"]) == (8, 0.5)
+    assert options["wrapper"]["vectors"] == 16
+    assert options["wrapper"]["every"] == mkor.LossRateSwitch().every
+    assert options_of(parse_contestant("kfac+adamw"))["wrapper"]["skip_output"] is True
+    assert options_of(parse_contestant("adamw")).keys() == {"base"}
 
 
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest() -> None:
@@ -128,6 +222,23 @@ def test_a_wrapper_searches_where_its_base_does_unless_the_table_knows_better() 
         assert wrapped == centre(parse_contestant(base), "another-task")
     assert centre(parse_contestant("mkor+adamw"), "text-lm") == 6e-3
     assert centre(parse_contestant("adamw"), "text-lm") == 3e-3
+    assert centre(parse_contestant("mkor-h+adamw"), "text-lm") == 6e-3
+
+
+def test_a_centre_may_be_that_of_one_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"kfac[inverse_every=50]+sgd": 0.7, "kfac+sgd": 0.6, "sgd": 0.5}
+    monkeypatch.setitem(RATES, "digits-mlp", rows)
+    written = ("kfac[inverse_every=50]+sgd", "kfac[inverse_every=10]+sgd", "eva+sgd", "sgd")
+    found = [centre(parse_contestant(text), "digits-mlp") for text in written]
+    assert found == [0.7, 0.6, 0.5, 0.5]
+
+
+def test_every_centre_is_somebodys() -> None:
+    assert RATES.keys() <= TASKS.keys()
+    for rows in RATES.values():
+        for text, rate in rows.items():
+            check_names(parse_contestant(text))
+            assert rate > 0
 
 
 def test_muon_refuses_a_model_without_hidden_matrices() -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from mkor.bench.compare import write_files
 from mkor.bench.contestants import parse_contestants
-from mkor.bench.curves import GREY, dodge, lines_of, looks, short_labels
+from mkor.bench.curves import GREY, Line, Look, dodge, lines_of, looks, short_labels
 from mkor.bench.files import COLUMNS, plain, write_csv, write_json
 from mkor.bench.match import Match
+from mkor.bench.plot import draw_panel, subtitle
 from mkor.bench.progress import LiveProgress, PlainProgress, Progress, clock, make_progress
 from mkor.bench.race import Race, Settings
 from mkor.bench.report import print_conditions, print_report
@@ -57,6 +58,10 @@ def test_json_holds_everything_and_betrays_nothing(race: Race, tmp_path: Path) -
         "name": "mkor",
         "options": {"rank": 16},
     }
+    options = record["settings"]["options"]["mkor[rank=16]+adamw"]
+    assert options["wrapper"]["rank"] == 16
+    assert options["wrapper"]["momentum"] == 0.98
+    assert len(record["settings"]["trials"]["adamw"]) == 3
     assert record["environment"]["packages"]["torch"]
     assert record["environment"]["python"] == platform.python_version()
     assert record["environment"]["threads"] >= 1
@@ -139,6 +144,95 @@ def test_a_colour_for_each_base(race: Race) -> None:
     assert first.colour == second.colour == base.ink != base.colour
     assert first.style != second.style
     assert first.width > base.width
+
+
+def test_wrappers_over_one_base_have_colours_of_their_own(race: Race) -> None:
+    names = "sgd,mkor+sgd,mkor[rank=16]+sgd,kfac+sgd,eva+sgd,adamw"
+    contestants = tuple(parse_contestants(names))
+    settings = replace(race.settings, contestants=contestants[:-1], baseline="sgd")
+    _, first, second, kfac, eva = looks(Race(settings)).values()
+    assert first.colour == second.colour
+    assert first.style != second.style
+    assert len({first.colour, kfac.colour, eva.colour}) == 3
+    several = looks(Race(replace(settings, contestants=contestants)))
+    assert several["kfac+sgd"].colour == several["eva+sgd"].colour == several["mkor+sgd"].colour
+
+
+def switched(race: Race, *steps: int | None) -> Race:
+    """The race as if the wrapped contestant had switched at these steps, seed by seed."""
+    runs = [
+        replace(run, switched_at=steps[run.seed]) if run.contestant.startswith("mkor") else run
+        for run in race.runs
+    ]
+    return replace(race, runs=runs, matches={})
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((4, 6), "switched to the base at step 5 on average (by seed: 4, 6)"),
+        ((None, 6), "switched to the base at step 6 on average (by seed: never, 6)"),
+        ((None, None), None),
+    ],
+)
+def test_the_report_says_when_the_base_went_on_alone(
+    race: Race, steps: tuple[int | None, ...], said: str | None
+) -> None:
+    stream = io.StringIO()
+    print_report(switched(race, *steps), stream)
+    if said:
+        assert f"mkor[rank=16]+adamw {said}\n" in stream.getvalue()
+    assert stream.getvalue().count("switched") == (said is not None)
+
+
+def test_a_single_seed_needs_no_average(race: Race) -> None:
+    one = switched(race, 4, 6)
+    stream = io.StringIO()
+    print_report(replace(one, runs=[run for run in one.runs if run.seed == 1]), stream)
+    assert "mkor[rank=16]+adamw switched to the base at step 6\n" in stream.getvalue()
+
+
+def test_files_hold_the_step_of_the_switch(race: Race, tmp_path: Path) -> None:
+    files = write_files(switched(race, 4, None), tmp_path)
+    record = json.loads(files["results"].read_text())
+    steps = {(run["contestant"], run["seed"]): run["switched_at"] for run in record["runs"]}
+    assert steps["mkor[rank=16]+adamw", 0] == 4
+    assert steps["mkor[rank=16]+adamw", 1] is steps["adamw", 0] is None
+    means = {each["contestant"]: each["switched_at"] for each in record["summary"]}
+    assert means == {"adamw": None, "mkor[rank=16]+adamw": 4, DIVERGES: None}
+    with files["curves"].open() as file:
+        rows = list(csv.DictReader(file))
+    wrapped = [row for row in rows if row["contestant"].startswith("mkor")]
+    assert {(row["seed"], row["switched_at"]) for row in wrapped} == {("0", "4"), ("1", "")}
+
+
+def test_the_picture_marks_the_switch(race: Race) -> None:
+    from matplotlib.figure import Figure
+
+    once = switched(race, 4, 6)
+    for time in (False, True):
+        axes = Figure().add_subplot()
+        draw_panel(axes, once, lines_of(once), time=time)
+        (mark,) = [line for line in axes.lines if line.get_marker() == "v"]
+        (line,) = [line for line in lines_of(once) if line.switched_at is not None]
+        assert mark.get_color() == line.look.colour == looks(once)[line.label].colour
+        assert line.steps[0] < 5 < line.steps[-1]
+        before = max(index for index, step in enumerate(line.steps) if step <= 5)
+        assert mark.get_ydata()[0] == pytest.approx(line.at(5)[1])
+        across = line.seconds if time else line.steps
+        assert across[before] <= mark.get_xdata()[0] <= across[before + 1]
+        assert [text.get_text() for text in axes.texts] == ([] if time else ["switch 5"])
+    assert "triangles" in subtitle(once)
+    assert "triangles" not in subtitle(switched(race, None, None))
+
+
+def test_a_place_on_a_curve_lies_between_its_points() -> None:
+    look = Look("#0072B2", "#0072B2", "solid", 1.0)
+    line = Line("x", look, [2, 4, 8], [1.0, 2.0, 6.0], [9.0, 5.0, 1.0], [], [])
+    assert line.at(3) == (1.5, 7.0)
+    assert line.at(8) == (6.0, 1.0)
+    assert line.at(1) == line.at(2) == (1.0, 9.0)
+    assert line.at(6) == (4.0, 3.0)
 
 
 def test_labels_drop_their_options_where_names_are_enough() -> None:

@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
+import mkor
 from mkor.bench import rounds, tuning
 from mkor.bench.contestants import parse_contestant, parse_contestants
 from mkor.bench.progress import Progress
 from mkor.bench.race import Race, Settings, mean, spread
 from mkor.bench.runner import planned_steps, run_race
 from mkor.bench.schedule import factor
-from mkor.bench.tasks import Batch, Task, load_task
+from mkor.bench.tasks import Batch, Task, batches, load_task, new_model
+from mkor.bench.timing import Subject, Worker
 from mkor.bench.training import Training, Trial, state_bytes
 from mkor.bench.tuning import TUNING_SEED, choose, trials_of
 
@@ -174,6 +176,45 @@ def test_a_refused_decomposition_is_divergence(task: Task, monkeypatch: pytest.M
     monkeypatch.setattr(training.optimizer, "step", refuse)
     rounds.run_together([training], 0, Progress())
     assert training.result().loss == math.inf
+
+
+def test_losses_reach_the_switch_and_its_step_is_kept(task: Task) -> None:
+    switch = "mkor-h[every=1,warmup=2,fraction=0.99,patience=0,rank=8,vectors=2]+sgd"
+    race = run_race(settings(task, f"sgd,mkor+sgd,{switch}", steps=40), Progress())
+    for run in race.of(switch):
+        assert run.switched_at is not None
+        assert 2 < run.switched_at < 40
+    assert {run.switched_at for run in race.of("sgd") + race.of("mkor+sgd")} == {None}
+
+
+def test_only_a_switch_is_told_the_loss_and_told_it_without_its_graph(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+    monkeypatch.setattr(
+        mkor.Preconditioned,
+        "report_loss",
+        lambda self, loss: heard.append((loss.item(), loss.requires_grad)),
+    )
+    race = run_race(settings(task, "sgd,mkor+sgd,mkor-h+sgd", seeds=1, steps=3), Progress())
+    assert [graph for _, graph in heard] == [False] * 3
+    assert [loss for loss, _ in heard] == pytest.approx(
+        [race.of("mkor-h+sgd")[0].curve[index].training_loss for index in range(3)]
+    )
+
+
+def test_a_switch_is_told_the_loss_when_its_cost_is_timed(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+    monkeypatch.setattr(mkor.Preconditioned, "report_loss", lambda self, loss: heard.append(loss))
+    batch = next(batches(task, 0))
+    subject = Subject("digits-mlp", {}, lambda: new_model(task, 0), task.loss, batch)
+    for text in ("sgd", "mkor+sgd", "mkor-h+sgd"):
+        Worker(parse_contestant(text), subject).iterate()
+    expected = task.loss(new_model(task, 0)(batch[0]), batch[1])
+    assert [loss.item() for loss in heard] == [expected.item()]
+    assert not heard[0].requires_grad
 
 
 def test_ctrl_c_keeps_the_seeds_that_are_complete(task: Task) -> None:

@@ -76,10 +76,8 @@ class Entries:
     def __init__(
         self, batches: Iterable[Batch], parameters: Iterable[Tensor], shared: Mapping[str, Tensor]
     ) -> None:
-        self.by_parameter: dict[Tensor, dict[str, Tensor]] = {
-            parameter: {PREFIX + key: tensor for key, tensor in shared.items()}
-            for parameter in parameters
-        }
+        self.by_parameter: dict[Tensor, dict[str, Tensor]] = {}
+        self.widen(parameters, shared)
         for batch in batches:
             for i, layer in enumerate(batch.layers):
                 for key, tensor in batch.state.items():
@@ -87,6 +85,17 @@ class Entries:
 
     def __len__(self) -> int:
         return len(self.by_parameter)
+
+    def widen(self, parameters: Iterable[Tensor], shared: Mapping[str, Tensor]) -> None:
+        """Give parameters that have no entry yet one without factors.
+
+        Args:
+            parameters: All parameters of the optimizer.
+            shared: What every parameter's entry holds, by name.
+        """
+        common = {PREFIX + key: tensor for key, tensor in shared.items()}
+        for parameter in parameters:
+            self.by_parameter.setdefault(parameter, dict(common))
 
     def put(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Add the entries to an optimizer's state.
@@ -140,15 +149,17 @@ class Entries:
                     )
 
     def copy_from(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Copy factors into the batches; parameters that are not in ``saved`` keep theirs.
+        """Copy factors into the batches; what ``saved`` does not have, or in other shapes, stays.
 
         Args:
-            saved: Entries by parameter, already checked.
+            saved: Entries by parameter, already checked where they must fit.
         """
         for parameter, entry in self.by_parameter.items():
             for key, tensor in saved.get(parameter, {}).items():
-                if key != PREFIX + "counters":
-                    entry[key].copy_(tensor)
+                known = entry.get(key)
+                fits = known is not None and known.shape == tensor.shape
+                if known is not None and fits and key != PREFIX + "counters":
+                    known.copy_(tensor)
 
 
 def split(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,6 +164,18 @@ class Switch:
         self._record.zero_()
         self._record[-1] = -1.0
 
+    def ended_in(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether a checkpoint was written after the switch.
+
+        Args:
+            saved: The wrapper's part of it, by parameter.
+
+        Returns:
+            Whether it holds the record of a switch that was made.
+        """
+        record = next((entry.get("mkor_switch") for entry in saved.values()), None)
+        return record is not None and record.shape == self._record.shape and bool(record[-1] >= 0)
+
     def report(self, loss: float | Tensor) -> None:
         """Add a loss; one that is not finite does not count.
 
@@ -212,19 +226,7 @@ class Switch:
         self._silent += 1
         if self._silent == SILENCE:
             warnings.warn(
-                f"hybrid= is on, but no loss was reported in {step_text(self.settings)}: pass a "
+                f"hybrid= is on, but {SILENCE * self.settings.every} steps brought no loss: pass a "
                 "closure to step(), or call optimizer.report_loss(loss) after each backward pass",
-                stacklevel=5,
+                stacklevel=7,
             )
-
-
-def step_text(settings: LossRateSwitch) -> str:
-    """How long nothing was heard.
-
-    Args:
-        settings: The rule's.
-
-    Returns:
-        Such as ``100 steps``.
-    """
-    return f"{SILENCE * settings.every} steps"

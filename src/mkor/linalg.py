@@ -24,6 +24,7 @@ __all__ = [
     "inner",
     "joint_norm",
     "kl_scale",
+    "largest_entry",
     "momentum_average",
     "multiply_left",
     "multiply_right",
@@ -166,6 +167,22 @@ def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
     """
     norm = torch.stack(torch._foreach_norm(W.unbind()))
     return norm if b is None else torch.hypot(norm, torch.linalg.vector_norm(b, dim=1))
+
+
+def largest_entry(W: Tensor, b: Tensor | None) -> Tensor:
+    """Largest absolute entry of ``[W b]``, one number per layer of the batch.
+
+    Args:
+        W: ``[B, d_out, d_in]``.
+        b: ``[B, d_out]`` or None.
+
+    Returns:
+        ``[B]``.
+    """
+    largest: Tensor = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2))
+    if b is None:
+        return largest
+    return torch.maximum(largest, torch.linalg.vector_norm(b, float("inf"), dim=1))
 
 
 def inner(W: Tensor, b: Tensor | None, W2: Tensor, b2: Tensor | None) -> Tensor:

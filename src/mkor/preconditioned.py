@@ -163,28 +163,26 @@ class Preconditioned(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._closed:
-            self.base.step()
-            return loss
         engine = self._preconditioner
         if not engine.active:
-            self._step_base()
+            if self._closed or self._may_step():
+                self.base.step()
             return loss
         if engine.switch is not None and loss is not None:
             engine.switch.report(loss)
         engine.precondition(self.loss_scale)
-        with engine.withdrawn():
-            self._step_base()
+        with engine.withdrawn(), span("mkor.base_step"):
+            if self._may_step():
+                self.base.step()
         engine.finish_step()
         return loss
 
-    def _step_base(self) -> None:
-        parameters = checkpoint.all_parameters(self.param_groups)
-        if self.nonfinite == "skip" and not gradients_finite(parameters):
-            self._skipped_steps += 1
-            return
-        with span("mkor.base_step"):
-            self.base.step()
+    def _may_step(self) -> bool:
+        if self.nonfinite == "propagate":
+            return True
+        finite = gradients_finite(checkpoint.all_parameters(self.param_groups))
+        self._skipped_steps += not finite
+        return finite
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics captured since the last step.
@@ -193,7 +191,8 @@ class Preconditioned(Optimizer):
             set_to_none: Set gradients to None rather than 0.
         """
         self.base.zero_grad(set_to_none)
-        self._preconditioner.forget()
+        if self._preconditioner.active:
+            self._preconditioner.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state and the factors, in torch's format.
@@ -203,7 +202,7 @@ class Preconditioned(Optimizer):
         """
         with self._preconditioner.shown():
             packed = super().state_dict()
-        packed["state"] = checkpoint.materialized(packed["state"])
+            packed["state"] = checkpoint.materialized(packed["state"])
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

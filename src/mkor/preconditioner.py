@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ class Preconditioner:
         )
         self.steps = self.updates = 0
         self._passes = 1
-        self._model, self._base, self._curvature, self._close = model, base, curvature, close
+        self._model, self._base, self._curvature = model, base, curvature
+        # A wrapper that is dropped must be freed at once, hooks and all.
+        self._close = weakref.WeakMethod(close)
         self._communicator = Communicator(options.process_group)
         self._counters = checkpoint.counters()
         device = next(checkpoint.all_parameters(base.param_groups)).device
@@ -208,7 +211,8 @@ class Preconditioner:
         """
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         saved = checkpoint.read_counters(own)
-        if own:
+        ended = self.switch is not None and self.switch.ended_in(own)
+        if own and not ended:
             self._entries.check(own, names)
         if not self.active:
             self.active = True
@@ -220,7 +224,7 @@ class Preconditioner:
         self._renew_entries()
         self._entries.copy_from(own)
         self.steps, self.updates, self._passes = saved
-        if self.switched_at is not None:
+        if ended:
             self._begin()
             self._release()
             return
@@ -255,8 +259,10 @@ class Preconditioner:
         Yields:
             Nothing.
         """
-        switched = self.switched_at is not None
+        switched = self.switched_at is not None and len(self._entries)
         if switched:
+            parameters = checkpoint.all_parameters(self._base.param_groups)
+            self._entries.widen(parameters, self._shared)
             self._entries.put(self._base.state)
         try:
             yield
@@ -287,12 +293,14 @@ class Preconditioner:
         )
         return watch, self._entries_of(watch.batches)
 
+    @property
+    def _shared(self) -> dict[str, Tensor]:
+        hybrid = {} if self.switch is None else self.switch.entries
+        return {"counters": self._counters, **hybrid}
+
     def _entries_of(self, batches: list[Any]) -> checkpoint.Entries:
-        shared = {"counters": self._counters}
-        if self.switch is not None:
-            shared |= self.switch.entries
         parameters = checkpoint.all_parameters(self._base.param_groups)
-        return checkpoint.Entries(batches, parameters, shared)
+        return checkpoint.Entries(batches, parameters, self._shared)
 
     def _rebuild(self) -> None:
         before = self._entries

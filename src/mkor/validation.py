@@ -91,12 +91,12 @@ def check_curvature(curvature: object) -> None:
     Raises:
         TypeError: It has not.
     """
-    missing = [
-        name for name in ("init", "update", "prepare", "apply") if not hasattr(curvature, name)
-    ]
+    needed = ("init", "update", "prepare", "apply", "covariance")
+    missing = [name for name in needed if not hasattr(curvature, name)]
     if missing or isinstance(curvature, type):
         raise TypeError(
-            f"curvature must be a kind of factor such as mkor.Window(), got {curvature!r}"
+            "curvature must be a kind of factor such as mkor.Window(), got "
+            f"{curvature!r}" + (f", which lacks {', '.join(missing)}" if missing else "")
         )
 
 

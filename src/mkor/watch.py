@@ -36,7 +36,7 @@ class Watch:
         skip: What the user leaves to the base.
         skip_output: Whether the layers next to the loss are left to the base.
         communicator: The processes that train together.
-        close: Closes the owner of this watch when another takes its layers over.
+        close: Closes the owner of this watch, if it lives, when another takes its layers over.
 
     Attributes:
         selection: What was chosen in the model.
@@ -53,7 +53,7 @@ class Watch:
         skip: Skip,
         skip_output: bool,
         communicator: Communicator,
-        close: Callable[[], None],
+        close: weakref.WeakMethod[Callable[[], None]],
     ) -> None:
         self.gate = gate
         self._skip_output = skip_output
@@ -67,7 +67,7 @@ class Watch:
         self.batches: list[Batch]
         self.buffers: list[Tensor]
         self.batches, self.buffers = allocate(chosen, curvature, gate)
-        self._close_owner = weakref.WeakMethod(close)
+        self._close_owner = close
         self._closed = False
         self._claim()
         if not chosen:

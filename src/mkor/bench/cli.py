@@ -6,14 +6,20 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from .arguments import decays, share, whole, widths
 from .errors import UsageError
+from .reproduce import add_reproduce
 
 CONTESTANTS = """\
 contestants:
   sgd, adamw, lamb, soap, muon     a base optimizer
   mkor+BASE                        MKOR over one of them
+  mkor-h[fraction=0.2]+BASE        MKOR that goes over to the base when the loss falls slowly
+  dense-mkor[release]+BASE         the paper's factors; rule: exact, paper or release
+  kfac[inverse_every=10]+BASE      KFAC; eva+BASE: Eva
+  rescale+BASE                     a control: MKOR's lengths, the raw gradient's directions
   mkor[rank=32,sides=left]+muon    options in brackets; none, true and false are understood
   adamw[weight_decay=0.1]          a base takes options too; lr=... gives its learning rate
 (a shell may want quotes around brackets)
@@ -24,70 +30,6 @@ examples:
   mkor compare text-lm sgd,adamw,mkor+sgd,mkor+adamw --tune 3 --match --out results
   mkor compare digits-autoencoder 'muon,mkor[sides=left,rescale=none]+muon' --seeds 5
 """
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """A type of argument: whole numbers.
-
-    Args:
-        least: The smallest that is allowed.
-
-    Returns:
-        The function that reads one.
-    """
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
-        return value
-
-    return read
-
-
-def share(text: str) -> float:
-    """A type of argument: a share of the steps.
-
-    Args:
-        text: As written.
-
-    Returns:
-        A number from 0 up to, not including, 1.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is none.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write a number from 0 to below 1")
-    return value
-
-
-def decays(text: str) -> list[float]:
-    """A type of argument: weight decays separated by commas.
-
-    Args:
-        text: As written.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        argparse.ArgumentTypeError: If one is no number or negative.
-    """
-    try:
-        values = [float(piece) for piece in text.split(",")]
-    except ValueError:
-        values = [-1.0]
-    if not all(0 <= value < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers from 0 up, such as 0,0.01")
-    return values
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +158,20 @@ def add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--json", metavar="FILE", help="write all figures there")
     add("--quiet", action="store_true", help="no progress, only the result")
     add_sizes(parser)
+    scaling = parser.add_argument_group("one layer by itself, without training")
+    scaling.add_argument(
+        "--scaling",
+        action="store_true",
+        help="time updates and preconditioning with window, dense, KFAC and Eva factors against "
+        "the layer's width, and count what they communicate",
+    )
+    scaling.add_argument(
+        "--widths",
+        type=widths,
+        metavar="A,B",
+        help="widths of the layer (128,256,512,1024,2048,4096)",
+    )
+    scaling.add_argument("--plot", metavar="FILE", help="draw it there (beside the JSON file)")
     parser.set_defaults(run="overhead:overhead")
 
 
@@ -253,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (add_compare, add_overhead, add_inspect):
+    for add in (add_compare, add_overhead, add_inspect, add_reproduce):
         add(commands)
     return parser
 

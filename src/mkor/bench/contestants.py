@@ -1,4 +1,4 @@
-"""Contestants as they are written: `adamw`, `mkor[sides=left,vectors=8]+muon`."""
+"""Contestants as they are written: `adamw`, `mkor[sides=left]+muon`, `dense-mkor[release]+sgd`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from .errors import UsageError
 
 Value = object
 _WORDS: Mapping[str, Value] = {"none": None, "true": True, "false": False}
+# The option that a bare word in a name's brackets stands for.
+_BARE: Mapping[str, str] = {"dense-mkor": "rule"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def parse_part(text: str) -> Part:
         raise UsageError(f"cannot read {text!r}; write a name, or name[option=value,...].")
     options: dict[str, Value] = {}
     for item in split_outside(rest[:-1], ",") if rest[:-1] else []:
+        if item.isidentifier() and name.lower() in _BARE:
+            item = f"{_BARE[name.lower()]}={item}"
         key, equals, value = item.partition("=")
         if not (key.isidentifier() and equals and value):
             raise UsageError(f"cannot read the option {item!r} of {name!r}; write option=value.")

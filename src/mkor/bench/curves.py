@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from .contestants import Contestant
 from .race import Race, mean, spread
+from .summary import mean_switch
 
 # Okabe and Ito's palette, readable with colour-blind eyes; the baseline is grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
@@ -32,7 +34,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Line:
-    """A contestant's mean curve over its seeds."""
+    """A contestant's mean curve over its seeds, and the mean step of its switch to the base."""
 
     label: str
     look: Look
@@ -41,6 +43,28 @@ class Line:
     losses: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+    switched_at: float | None = None
+
+    def at(self, step: float) -> tuple[float, float]:
+        """The place of a step on the curve.
+
+        Args:
+            step: The step; before the first point it counts as the first point's.
+
+        Returns:
+            Seconds and loss, in proportion between neighbouring points.
+        """
+        steps = self.steps
+        step = min(max(step, steps[0]), steps[-1])
+        after = next(index for index, known in enumerate(steps) if known >= step)
+        before = max(0, after - 1)
+        width = steps[after] - steps[before]
+        share = (step - steps[before]) / width if width else 0.0
+        seconds, loss = (
+            values[before] + share * (values[after] - values[before])
+            for values in (self.seconds, self.losses)
+        )
+        return seconds, loss
 
 
 def lighter(colour: str) -> str:
@@ -56,10 +80,26 @@ def lighter(colour: str) -> str:
     return "#" + "".join(f"{round(part + LIGHTER * (255 - part)):02X}" for part in parts)
 
 
+def families_of(contestants: Sequence[Contestant]) -> dict[str, str]:
+    """Which contestants share a colour.
+
+    Args:
+        contestants: All that are drawn.
+
+    Returns:
+        The base by label; if all have the same, the wrapper, and for the base by itself the first.
+    """
+    if len({who.base.name for who in contestants}) > 1:
+        return {who.label: who.base.name for who in contestants}
+    first = next((who.wrapper.name for who in contestants if who.wrapper), "")
+    return {who.label: who.wrapper.name if who.wrapper else first for who in contestants}
+
+
 def looks(race: Race) -> dict[str, Look]:
     """How each contestant's line looks.
 
-    One colour for each base: light and thin by itself, full and thick where it is wrapped.
+    One colour for each base: light and thin by itself, full and thick where it is wrapped. Where
+    all have the same base, one for each wrapper.
 
     Args:
         race: The race.
@@ -67,11 +107,13 @@ def looks(race: Race) -> dict[str, Look]:
     Returns:
         The looks by label.
     """
-    bases = list(dict.fromkeys(who.base.name for who in race.settings.contestants))
+    contestants = race.settings.contestants
+    families = families_of(contestants)
+    order = list(dict.fromkeys(families.values()))
     used: dict[str, int] = {}
     chosen: dict[str, Look] = {}
-    for who in race.settings.contestants:
-        full = COLOURS[bases.index(who.base.name) % len(COLOURS)]
+    for who in contestants:
+        full = COLOURS[order.index(families[who.label]) % len(COLOURS)]
         colour = full if who.wrapper else lighter(full)
         if who.label == race.settings.baseline:
             colour = GREY
@@ -110,6 +152,7 @@ def curve_of(race: Race, label: str, look: Look) -> Line | None:
         losses=losses,
         low=[loss - width for loss, width in zip(losses, widths, strict=True)],
         high=[loss + width for loss, width in zip(losses, widths, strict=True)],
+        switched_at=mean_switch(race.of(label)),
     )
 
 

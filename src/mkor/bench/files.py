@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .machine import environment
+from .optimizers import options_of
 from .race import Race, Settings
 from .summary import summarize
+from .tuning import trials_of
 
 FORMAT = 1
 COLUMNS = (
@@ -22,6 +24,7 @@ COLUMNS = (
     "held_out_loss",
     "cpu_seconds",
     "wall_seconds",
+    "switched_at",
 )
 
 
@@ -52,7 +55,7 @@ def settings_record(settings: Settings) -> dict[str, object]:
         settings: The settings.
 
     Returns:
-        Task, contestants with their options, and all numbers.
+        Task, contestants with all their options, what tuning tries, and all numbers.
     """
     task = settings.task
     return {
@@ -63,6 +66,11 @@ def settings_record(settings: Settings) -> dict[str, object]:
             "sha256": task.sha256,
         },
         "contestants": [asdict(contestant) for contestant in settings.contestants],
+        "options": {who.label: options_of(who) for who in settings.contestants},
+        "trials": {
+            who.label: [asdict(trial) for trial in trials_of(settings, who)]
+            for who in settings.contestants
+        },
         "baseline": settings.baseline,
         "steps": settings.steps,
         "seeds": settings.seeds,
@@ -119,4 +127,6 @@ def write_csv(race: Race, path: Path) -> None:
         writer.writerow(COLUMNS)
         for run in race.runs:
             for point in run.curve:
-                writer.writerow((run.contestant, run.seed, *asdict(point).values()))
+                writer.writerow(
+                    (run.contestant, run.seed, *asdict(point).values(), run.switched_at)
+                )

@@ -1,12 +1,10 @@
-"""The table of contestants: how each optimizer is made, and where its search begins."""
+"""The table of bases: how each optimizer is made, alone or wrapped, and where its search begins."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -15,12 +13,10 @@ import mkor
 
 from .contestants import Contestant, Part, Value
 from .errors import MissingExtraError, UnknownNameError, UsageError
+from .rates import known_rate
+from .wrappers import WRAPPERS, Keywords, defaults_of, wrap, wrapper_defaults
 
-Keywords = dict[str, Any]
 Maker = Callable[[Callable[..., Optimizer], nn.Module, Keywords], Optimizer]
-
-# What the bench itself passes, and what is no option at all.
-_RESERVED = {"args", "base", "curvature", "kwargs", "model", "optimizer", "params", "self"}
 
 
 def over_all(kind: Callable[..., Optimizer], model: nn.Module, keywords: Keywords) -> Optimizer:
@@ -83,11 +79,10 @@ class Base:
 
     Attributes:
         source: Module and class, imported when asked for.
-        rate: The learning rate at the centre of the grid.
+        rate: The learning rate at the centre of the grid, where `rates.RATES` has none.
         weight_decay: The weight decay unless told otherwise.
         defaults: Options that differ from the class's own.
         make: How class, model and options become an optimizer.
-        rates: Centres for tasks where another one is known to be better.
     """
 
     source: str
@@ -95,76 +90,26 @@ class Base:
     weight_decay: float
     defaults: Mapping[str, Value] = field(default_factory=dict)
     make: Maker = over_all
-    rates: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Wrapper:
-    """One row of the table of wrappers.
-
-    Attributes:
-        name: The public name in `mkor`.
-        defaults: Options that make this row.
-        rates: Centres by task and base, where another one than the base's is known to be better.
-    """
-
-    name: str
-    defaults: Mapping[str, Value] = field(default_factory=dict)
-    rates: Mapping[tuple[str, str], float] = field(default_factory=dict)
-
-
-# The centres are the best of grids a factor of two apart, at the sizes and lengths that the
-# tasks have unless told otherwise.
 BASES: Mapping[str, Base] = {
-    "sgd": Base(
-        "torch.optim:SGD",
-        0.1,
-        5e-4,
-        {"momentum": 0.9},
-        rates={"text-lm-torch-init": 0.4, "digits-mlp": 0.2, "digits-autoencoder": 0.05},
-    ),
-    "adamw": Base(
-        "torch.optim:AdamW",
-        3e-3,
-        0.01,
-        rates={
-            "text-lm-torch-init": 6e-3,
-            "digits-mlp": 0.012,
-            "digits-conv": 6e-3,
-            "digits-autoencoder": 0.02,
-        },
-    ),
+    "sgd": Base("torch.optim:SGD", 0.1, 5e-4, {"momentum": 0.9}),
+    "adamw": Base("torch.optim:AdamW", 3e-3, 0.01),
+    # As its paper and the BERT recipe have it: decay inside the trust ratio, no correction of the
+    # rate, gradients clipped to a global norm of 1. The package's own defaults differ.
     "lamb": Base(
         "pytorch_optimizer:Lamb",
         0.02,
         0.01,
-        rates={"text-lm": 0.01},
+        {"weight_decouple": False, "adam_debias": True, "pre_norm": True},
     ),
-    "soap": Base(
-        "pytorch_optimizer:SOAP",
-        6e-3,
-        0.01,
-        rates={"text-lm-torch-init": 0.024, "digits-mlp": 0.012, "digits-autoencoder": 0.024},
-    ),
+    "soap": Base("pytorch_optimizer:SOAP", 6e-3, 0.01),
     "muon": Base(
         "torch.optim:Muon",
         0.012,
         0.01,
         {"adjust_lr_fn": "match_rms_adamw", "rest": 1.0},
         over_hidden,
-        {"text-lm-torch-init": 0.024, "digits-autoencoder": 0.024},
-    ),
-}
-
-WRAPPERS: Mapping[str, Wrapper] = {
-    "mkor": Wrapper(
-        "MKOR",
-        rates={
-            ("text-lm", "adamw"): 6e-3,
-            ("text-lm", "lamb"): 0.02,
-            ("digits-conv", "sgd"): 0.05,
-            ("digits-conv", "adamw"): 3e-3,
-        },
     ),
 }
 
@@ -193,43 +138,38 @@ def load_class(name: str, source: str) -> type[Optimizer]:
     return found
 
 
-def _parameters(function: Callable[..., object]) -> set[str]:
-    return set(inspect.signature(function).parameters) - _RESERVED
-
-
-def base_options(part: Part) -> set[str]:
+def base_defaults(part: Part) -> Keywords:
     """The options that a base takes.
 
     Args:
         part: The base.
 
     Returns:
-        Their names.
+        Each with the value that it has unless told otherwise.
     """
     row = BASES[part.name]
-    return _parameters(load_class(part.name, row.source)) | set(row.defaults)
+    return defaults_of(load_class(part.name, row.source)) | dict(row.defaults)
 
 
-def wrapper_options(part: Part) -> set[str]:
-    """The options that a wrapper takes, those that it passes on included.
+def options_of(contestant: Contestant) -> dict[str, Keywords]:
+    """Every option of a contestant, those left as they are included.
 
     Args:
-        part: The wrapper.
+        contestant: The contestant.
 
     Returns:
-        Their names.
+        For its base and its wrapper, the options with their values.
     """
-    own = getattr(mkor, WRAPPERS[part.name].name)
-    passes_on = any(
-        parameter.kind is parameter.VAR_KEYWORD
-        for parameter in inspect.signature(own).parameters.values()
-    )
-    return _parameters(own) | (_parameters(mkor.Preconditioned) if passes_on else set())
+    base, wrapper = contestant.base, contestant.wrapper
+    options = {"base": base_defaults(base) | dict(base.options)}
+    if wrapper:
+        options["wrapper"] = wrapper_defaults(wrapper, base.name) | dict(wrapper.options)
+    return options
 
 
-def _check_options(part: Part, options: Callable[[Part], set[str]]) -> None:
+def _check_options(part: Part, defaults: Callable[[Part], Keywords]) -> None:
     for key in part.options:
-        if key not in (known := options(part)):
+        if key not in (known := defaults(part)):
             raise UnknownNameError(f"option of {part.name}", key, sorted(known))
 
 
@@ -254,9 +194,9 @@ def check_names(contestant: Contestant) -> None:
     if base.name not in BASES:
         everything = [*BASES, *(f"{name}+adamw" for name in WRAPPERS)]
         raise UnknownNameError("contestant", base.name, BASES if wrapper else everything)
-    _check_options(base, base_options)
+    _check_options(base, base_defaults)
     if wrapper:
-        _check_options(wrapper, wrapper_options)
+        _check_options(wrapper, wrapper_defaults)
 
 
 def build(contestant: Contestant, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
@@ -274,11 +214,8 @@ def build(contestant: Contestant, model: nn.Module, lr: float, weight_decay: flo
     row = BASES[contestant.base.name]
     keywords = {**row.defaults, "weight_decay": weight_decay, **contestant.base.options, "lr": lr}
     base = row.make(load_class(contestant.base.name, row.source), model, keywords)
-    if contestant.wrapper is None:
-        return base
-    wrapper = WRAPPERS[contestant.wrapper.name]
-    around: Callable[..., Optimizer] = getattr(mkor, wrapper.name)
-    return around(model, base, **{**wrapper.defaults, **contestant.wrapper.options})
+    wrapper = contestant.wrapper
+    return wrap(wrapper, model, base, contestant.base.name) if wrapper else base
 
 
 def check(contestant: Contestant, model: nn.Module) -> None:
@@ -317,11 +254,8 @@ def centre(contestant: Contestant, task: str) -> float:
     given = base.options.get("lr")
     if isinstance(given, int | float):
         return float(given)
-    row = BASES[base.name]
-    own = row.rates.get(task, row.rate)
-    if contestant.wrapper is None:
-        return own
-    return WRAPPERS[contestant.wrapper.name].rates.get((task, base.name), own)
+    known = known_rate(contestant, task)
+    return BASES[base.name].rate if known is None else known
 
 
 def grid(middle: float, trials: int) -> list[float]:

@@ -20,6 +20,7 @@ from .files import FORMAT, plain
 from .machine import environment
 from .optimizers import check
 from .progress import make_progress
+from .scaling import scaling
 from .tables import bytes_text, print_table
 from .tasks import TASKS, batches, load_task, new_model
 from .timing import Subject, Timing, measure
@@ -121,7 +122,8 @@ def print_timings(timings: Sequence[Timing], stream: TextIO) -> None:
     print(
         f"\nCPU time of a training iteration; ratios to {timings[0].contestant}, median over "
         "rounds;\nmean: of all rounds, periodic work included; wall: ratio of wall times;\n"
-        "extra memory: state beyond the base's, over its weights, gradients and state\n",
+        "extra memory: state beyond the base's, over its weights, gradients and state;\n"
+        "mkor-h is timed after its switch\n",
         file=stream,
     )
     parts = list(dict.fromkeys(part for timing in timings for part in timing.parts_ms))
@@ -170,8 +172,13 @@ def overhead(arguments: argparse.Namespace) -> int:
         The exit status.
 
     Raises:
-        UsageError: If the figures cannot be written where they should go.
+        UsageError: If the figures cannot be written where they should go, or an option of
+            `--scaling` comes without it.
     """
+    if arguments.scaling:
+        return scaling(arguments)
+    if arguments.widths or arguments.plot:
+        raise UsageError("--widths and --plot go with --scaling.")
     torch.set_num_threads(arguments.threads)
     contestants = checked_contestants(arguments.contestants)
     path = Path(arguments.json) if arguments.json else None

@@ -72,6 +72,67 @@ def draw_labels(axes: Axes, lines: Sequence[Line], ends: Sequence[float], height
         )
 
 
+def draw_note(axes: Axes, text: str, place: tuple[float, float], colour: str) -> None:
+    """Writes a number above a mark.
+
+    Args:
+        axes: The panel.
+        text: What it says.
+        place: Where the mark is.
+        colour: The mark's colour.
+    """
+    axes.annotate(
+        text,
+        place,
+        xytext=(0, 8),
+        textcoords="offset points",
+        color=colour,
+        fontsize=9,
+        ha="center",
+        va="bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+    )
+
+
+def draw_matches(
+    axes: Axes, race: Race, lines: Sequence[Line], target: Line, *, time: bool
+) -> None:
+    """Marks how much of the baseline's run each contestant needs to end level with it.
+
+    Args:
+        axes: The panel.
+        race: The race.
+        lines: The curves.
+        target: The baseline's curve.
+        time: Whether the horizontal axis is time.
+    """
+    for line in lines:
+        found = race.matches.get(line.label)
+        if found is None or found.steps is None:
+            continue
+        # A run of its own with a whole schedule, so it does not lie on the long run's curve.
+        ratio = found.cpu_ratio if time else found.step_ratio
+        place = (ratio or 0.0) * (target.seconds if time else target.steps)[-1]
+        axes.plot(place, found.target, "D", color="white", mec=line.look.colour, mew=1.6, ms=6)
+        draw_note(axes, f"{ratio:.2f}x", (place, found.target), line.look.colour)
+
+
+def draw_switch(axes: Axes, line: Line, step: float, *, time: bool) -> None:
+    """Marks on a curve where the contestant went over to its base.
+
+    Args:
+        axes: The panel.
+        line: The curve.
+        step: The mean step of the switch.
+        time: Whether the horizontal axis is time.
+    """
+    seconds, loss = line.at(step)
+    place = (seconds if time else step, loss)
+    axes.plot(*place, "v", color=line.look.colour, mec="white", mew=1.0, ms=9, zorder=4)
+    if not time:
+        draw_note(axes, f"switch {step:.0f}", place, line.look.ink)
+
+
 def draw_panel(axes: Axes, race: Race, lines: Sequence[Line], *, time: bool) -> None:
     """Draws the curves of one panel.
 
@@ -91,25 +152,11 @@ def draw_panel(axes: Axes, race: Race, lines: Sequence[Line], *, time: bool) -> 
     target = next((line for line in lines if line.label == race.settings.baseline), None)
     if target is not None:
         axes.axhline(target.losses[-1], color=GREY, lw=0.8, ls=(0, (2, 3)), zorder=0)
+    if target is not None:
+        draw_matches(axes, race, lines, target, time=time)
     for line in lines:
-        found = race.matches.get(line.label)
-        if target is None or found is None or found.steps is None:
-            continue
-        # A run of its own with a whole schedule, so it does not lie on the long run's curve.
-        ratio = found.cpu_ratio if time else found.step_ratio
-        place = (ratio or 0.0) * (target.seconds if time else target.steps)[-1]
-        axes.plot(place, found.target, "D", color="white", mec=line.look.colour, mew=1.6, ms=6)
-        axes.annotate(
-            f"{ratio:.2f}x",
-            (place, found.target),
-            xytext=(0, 8),
-            textcoords="offset points",
-            color=line.look.colour,
-            fontsize=9,
-            ha="center",
-            va="bottom",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-        )
+        if line.switched_at is not None:
+            draw_switch(axes, line, line.switched_at, time=time)
 
 
 def style(axes: Axes, label: str) -> None:
@@ -124,6 +171,22 @@ def style(axes: Axes, label: str) -> None:
     axes.grid(axis="y", color="#E5E5E5", lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=3, color="#999999")
+
+
+def use_log(axes: Axes) -> None:
+    """Makes the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each decade.
+
+    Args:
+        axes: The panel.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    def write(value: float, _: object) -> str:
+        return f"{value:g}" if f"{value:.0e}"[0] in "125" else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(write))
+    axes.yaxis.set_minor_formatter(FuncFormatter(write))
 
 
 def subtitle(race: Race) -> str:
@@ -142,6 +205,8 @@ def subtitle(race: Race) -> str:
     text += ", shaded +- one standard deviation" if seeds > 1 else ""
     if any(found.steps is not None for found in race.matches.values()):
         text += f"; diamonds: shorter runs that end level with {settings.baseline}"
+    if any(run.switched_at is not None for run in race.runs):
+        text += "; triangles: from here on the base alone"
     return text
 
 
@@ -167,13 +232,13 @@ def draw(race: Race, path: Path) -> None:
     second = LEFT + panel_width + label_width + 0.2
     left = figure.add_axes((LEFT / WIDTH, BOTTOM / whole, *size))
     right = figure.add_axes((second / WIDTH, BOTTOM / whole, *size), sharey=left)
-    right.tick_params(labelleft=False)
+    right.tick_params(which="both", labelleft=False)
     for axes, time in ((left, False), (right, True)):
         draw_panel(axes, race, lines, time=time)
         style(axes, "training CPU seconds" if time else "training steps")
     losses = [loss for line in lines for loss in line.losses]
     if losses and min(losses) > 0 and max(losses) > LOG_RATIO * min(losses):
-        left.set_yscale("log")
+        use_log(left)
     left.set_ylabel("held-out loss")
     for axes, time in ((left, False), (right, True)):
         axes.set_xlim(left=0)

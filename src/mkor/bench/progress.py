@@ -98,14 +98,18 @@ class Progress(AbstractContextManager["Progress"]):
 class PlainProgress(Progress):
     """A line every few seconds, without control characters."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, prefix: str = "", seconds: float | None = None) -> None:
         """Shows progress in a stream.
 
         Args:
             stream: Where the lines go.
+            prefix: What each line begins with.
+            seconds: Time between lines; None for the usual.
         """
         super().__init__()
         self.stream = stream
+        self.prefix = prefix
+        self.seconds = LINE_SECONDS if seconds is None else seconds
         self.title = ""
         self.unit = ""
         self.values: dict[str, float] = {}
@@ -133,7 +137,7 @@ class PlainProgress(Progress):
         """
         super().advance(label, step, value)
         self.values[label] = value
-        if time.perf_counter() - self.spoke < LINE_SECONDS:
+        if time.perf_counter() - self.spoke < self.seconds:
             return
         self.spoke = time.perf_counter()
         values = ", ".join(f"{name} {shown:.3f}" for name, shown in self.values.items())
@@ -147,7 +151,7 @@ class PlainProgress(Progress):
         Args:
             text: One line.
         """
-        print(text, file=self.stream, flush=True)
+        print(self.prefix + text, file=self.stream, flush=True)
 
 
 class LiveProgress(Progress):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TextIO
 
 from .match import Match
 from .race import Race, Settings, Tuning
-from .summary import Summary, summarize
+from .summary import Summary, mean_switch, summarize
 from .tables import bytes_text, print_table
-from .training import Trial
+from .training import Run, Trial
 from .tuning import trials_of
 
 
@@ -135,6 +136,26 @@ def tuning_notes(label: str, tuning: Tuning) -> list[str]:
     return lines
 
 
+def switch_note(label: str, runs: Sequence[Run]) -> str | None:
+    """When a contestant went over to its base, for reading.
+
+    Args:
+        label: The contestant's label.
+        runs: Its runs, in order of seeds.
+
+    Returns:
+        One line; None if it never did.
+    """
+    steps = [run.switched_at for run in runs]
+    average = mean_switch(runs)
+    if average is None:
+        return None
+    if len(steps) == 1:
+        return f"{label} switched to the base at step {average:.0f}"
+    each = ", ".join("never" if step is None else str(step) for step in steps)
+    return f"{label} switched to the base at step {average:.0f} on average (by seed: {each})"
+
+
 def print_report(race: Race, stream: TextIO) -> None:
     """Prints the table and what must be known to read it.
 
@@ -175,5 +196,8 @@ def print_report(race: Race, stream: TextIO) -> None:
             f"{settings.baseline}; then their number and their time as ratios",
             file=stream,
         )
+    for contestant in settings.contestants:
+        if note := switch_note(contestant.label, race.of(contestant.label)):
+            print(note, file=stream)
     if race.interrupted:
         print(f"interrupted: {seeds} of {settings.seeds} seeds are complete and kept", file=stream)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .matching import cost
 from .race import Race, mean, spread
-from .training import Trial
+from .training import Run, Trial
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Summary:
         cpu_ratio: CPU time of a step over the baseline's.
         wall_ratio: Wall time of a step over the baseline's.
         state_bytes: The most memory that the optimizer's state took.
+        switched_at: Mean step of the switch to the base over the seeds that came to it.
     """
 
     contestant: str
@@ -34,6 +36,20 @@ class Summary:
     cpu_ratio: float
     wall_ratio: float
     state_bytes: int
+    switched_at: float | None = None
+
+
+def mean_switch(runs: Sequence[Run]) -> float | None:
+    """When a contestant went over to its base.
+
+    Args:
+        runs: Its runs.
+
+    Returns:
+        The mean step over the runs that came to it, None if none did.
+    """
+    steps = [run.switched_at for run in runs if run.switched_at is not None]
+    return mean(steps) if steps else None
 
 
 def summarize(race: Race) -> list[Summary]:
@@ -63,6 +79,7 @@ def summarize(race: Race) -> list[Summary]:
                 cpu_ratio=cpu / base_cpu,
                 wall_ratio=wall / base_wall,
                 state_bytes=max(run.state_bytes for run in runs),
+                switched_at=mean_switch(runs),
             )
         )
     return summaries

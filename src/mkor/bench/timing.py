@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,17 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .contestants import Contestant
+from .errors import UsageError
 from .optimizers import build
 from .progress import Progress
 from .tasks import Batch
-from .training import state_bytes
+from .training import report_loss, state_bytes
+from .wrappers import has_switch
 
 # Small, so that a long timing on one batch does not end in infinities or zeros.
 LEARNING_RATE = 1e-4
 WARMUP_ROUNDS = 5
+SWITCH_WITHIN = 1000
 PROFILED_ROUNDS = 5
 PARTS = (
     "forward",
@@ -64,6 +68,7 @@ class Worker:
             subject: What is trained.
         """
         self.label = contestant.label
+        self.contestant = contestant
         self.subject = subject
         self.model = subject.build()
         self.optimizer: Optimizer = build(contestant, self.model, LEARNING_RATE, 0.0)
@@ -78,8 +83,24 @@ class Worker:
         with record_function("backward"):
             torch.autograd.backward(loss)
         with record_function("step"):
+            report_loss(self.contestant, self.optimizer, loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def warm_up(self) -> None:
+        """Untimed iterations; a contestant with a switch is brought past it."""
+        for _ in range(WARMUP_ROUNDS):
+            self.iterate()
+        if not has_switch(self.contestant.wrapper):
+            return
+        optimizer: Any = self.optimizer
+        for step in range(SWITCH_WITHIN):
+            if optimizer.switched_at is not None:
+                return
+            # A loss that halves at every step soon no longer falls fast.
+            optimizer.report_loss(2.0**-step)
+            self.iterate()
+        raise UsageError(f"{self.label} did not switch within {SWITCH_WITHIN} steps.")
 
     def timed(self) -> float:
         """One training iteration by both clocks.
@@ -233,8 +254,7 @@ def measure(
     progress.expect(rounds * len(workers))
     progress.phase("timing", [worker.label for worker in workers], rounds, unit="ms")
     for worker in workers:
-        for _ in range(WARMUP_ROUNDS):
-            worker.iterate()
+        worker.warm_up()
     for index in range(rounds):
         first = index % len(workers)
         for worker in (*workers[first:], *workers[:first]):

@@ -15,6 +15,7 @@ from .contestants import Contestant
 from .optimizers import build
 from .schedule import factor
 from .tasks import Batch, Task, held_out_loss, new_model
+from .wrappers import has_switch
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Run:
         wall_seconds: Wall time of all training steps.
         state_bytes: The most memory that the optimizer's state was seen to take.
         curve: The points on the way.
+        switched_at: The step after which the base went on alone, None if it did not come to that.
     """
 
     contestant: str
@@ -61,6 +63,7 @@ class Run:
     wall_seconds: float
     state_bytes: int
     curve: tuple[Point, ...]
+    switched_at: int | None = None
 
 
 def _tensors(value: object) -> Iterable[Tensor]:
@@ -72,6 +75,18 @@ def _tensors(value: object) -> Iterable[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+
+
+def report_loss(contestant: Contestant, optimizer: Optimizer, loss: Tensor) -> None:
+    """Tells an optimizer the loss if it has a switch that depends on it.
+
+    Args:
+        contestant: Whose optimizer it is.
+        optimizer: The optimizer.
+        loss: The training loss of the step that is about to be taken.
+    """
+    if has_switch(contestant.wrapper):
+        optimizer.report_loss(loss.detach())  # type: ignore[attr-defined]
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -154,6 +169,7 @@ class Training:
         if self.diverged:
             return
         loss.backward()
+        report_loss(self.contestant, self.optimizer, loss)
         try:
             self.optimizer.step()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -185,4 +201,5 @@ class Training:
             wall_seconds=self.wall,
             state_bytes=self.peak_state,
             curve=tuple(self.curve),
+            switched_at=getattr(self.optimizer, "switched_at", None),
         )

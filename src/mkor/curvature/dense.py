@@ -2,7 +2,7 @@
 
 Each update first decays the previous inverse ``H`` to ``B`` and then applies its vectors one after
 the other, ``k`` in all, each divided by ``sqrt(k)``: ``B <- B +- w w^T``. The three published rules
-are three rows of one table, :data:`RULES`; they are different preconditioners.
+are three rows of one table; they are different preconditioners. The stabilizer looks before each.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Rule:
     gain: float
     inner: float
 
+
+_LOST = 1e-9
 
 RULES = ("exact", "paper", "release")
 """Names of the rules; see :func:`rule_of`."""
@@ -66,13 +68,17 @@ class DenseInverse:
     both: ``updates [B]``. An update costs ``O(k d^2)``, preconditioning ``2 d_out d_in (d_out +
     d_in)`` operations.
 
+    Where a side's vectors are small, as output gradients are, the printed rule only decays: its
+    inverse falls as ``gamma^t``. Once it shrinks a gradient a billionfold (in float16, 500-fold)
+    the layer's raw gradient passes, and ``diagnostics()`` counts it under ``raw_gradients``.
+
     Attributes:
         rule: ``"exact"``, ``"paper"`` or ``"release"``.
         vectors: Vectors per update, ``k``.
         rows: Rows averaged in a vector; None for all rows, as in the paper.
         momentum: ``gamma``, in (0, 1).
         epsilon: The stabilizer acts on a side when the largest entry of its inverse, in absolute
-            value, exceeds this; None turns it off.
+            value, exceeds this before a vector is added; None turns it off.
         zeta: What the stabilizer keeps: ``H <- zeta H + (1-zeta) I``, in (0, 1).
         factor_dtype: Of the stored inverses; None for float32, or float64 where the weight is.
             Arithmetic accumulates in at least float32.
@@ -122,34 +128,41 @@ class DenseInverse:
             statistics: Of this update.
         """
         accept, filled = statistics.accept, statistics.filled
-        use = (filled & accept.unsqueeze(1)).unsqueeze(-1)
+        use = filled & accept.unsqueeze(1)
         made = filled.sum(1).clamp(min=1)[:, None, None]
         for side, vectors in statistics.vectors.items():
             inverse = state[f"{side}_inverse"]
             # A bias shows in the width: its inputs are ones.
             wide = vectors.shape[-1] != inverse.shape[-1]
             v = linalg.append_ones(vectors) if wide else vectors
-            v = torch.where(use, v / made.to(v.dtype).sqrt(), 0.0)
+            v = torch.where(use.unsqueeze(-1), v / made.to(v.dtype).sqrt(), 0.0)
             H = inverse.to(v.dtype)
-            self._update_side(H, v, accept)
+            self._update_side(H, v, accept, use)
             if H is not inverse:
                 inverse.copy_(H)
         state["updates"] += accept
 
-    def _update_side(self, H: Tensor, v: Tensor, accept: Tensor) -> None:
+    def _update_side(self, H: Tensor, v: Tensor, accept: Tensor, use: Tensor) -> None:
         rule = rule_of(self.rule, self.momentum)
-        keep = torch.ones_like(v[:, 0, 0])
+        sign = 1 if rule.gain > 0 else -1
+        for place, one in enumerate(v.unbind(1)):
+            if place == 0:
+                self._move(H, accept, rule.decay, rule.shift)
+            elif self.epsilon is not None:
+                # The printed rule may double a side with each of its vectors.
+                self._move(H, use[:, place], 1.0, 0.0)
+            w = linalg.rank_one_term(H, one, rule.gain, rule.inner)
+            H.addcmul_(w.unsqueeze(2), w.unsqueeze(1), value=sign)
+
+    def _move(self, H: Tensor, accept: Tensor, decay: float, shift: float) -> None:
+        """``decay (keep H + (1-keep) I) + shift I``: stabilizer and decay in one pass."""
+        keep = torch.ones_like(H[:, 0, 0])
         if self.epsilon is not None:
             largest = torch.linalg.vector_norm(H, float("inf"), dim=(1, 2))
             keep = torch.where(largest > self.epsilon, self.zeta, keep)
-        # Stabilizer and decay are one pass: decay (keep H + (1-keep) I) + shift I.
-        scale = torch.where(accept, rule.decay * keep, 1.0)
-        shift = torch.where(accept, rule.decay * (1 - keep) + rule.shift, 0.0)
-        H.mul_(scale[:, None, None]).diagonal(dim1=1, dim2=2).add_(shift.unsqueeze(1))
-        sign = 1 if rule.gain > 0 else -1
-        for one in v.unbind(1):
-            w = linalg.rank_one_term(H, one, rule.gain, rule.inner)
-            H.addcmul_(w.unsqueeze(2), w.unsqueeze(1), value=sign)
+        scale = torch.where(accept, decay * keep, 1.0)
+        added = torch.where(accept, decay * (1 - keep) + shift, 0.0)
+        H.mul_(scale[:, None, None]).diagonal(dim1=1, dim2=2).add_(added.unsqueeze(1))
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """The inverses themselves.
@@ -173,9 +186,12 @@ class DenseInverse:
             ok: ``[B]`` bool; other layers stay as they are.
 
         Returns:
-            ``ok`` less the layers whose product is not finite.
+            ``ok`` less the layers whose product is not finite, or whose factor decayed to nothing.
         """
-        return apply_inverses(prepared, W, b, ok)
+        limits = torch.finfo(next(iter(prepared.values())).dtype)
+        # Below this a factor has lost its digits, or its product those that rescaling needs.
+        floor = max(_LOST, float(limits.tiny / limits.eps**0.5))
+        return apply_inverses(prepared, W, b, ok, floor)
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """The stabilizer's norm and the trace of each side.

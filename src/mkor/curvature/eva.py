@@ -114,10 +114,12 @@ class RankOne:
         d = W.shape[-1]
         c = linalg.rank_one_coefficient(a, g, W, b, self.damping)
         cg = c.unsqueeze(1) * g
-        ok = ok & (cg.sum(1) + a.sum(1)).isfinite()
+        # Nothing the product is made of may leave the dtype's range.
+        bound = linalg.largest_entry(W, b) + cg.abs().amax(1) * a.abs().amax(1)
+        ok = ok & (bound / self.damping).isfinite()
         cg = torch.where(ok.unsqueeze(1), cg, 0.0)
         a = torch.where(ok.unsqueeze(1), a, 0.0)
-        scale = torch.where(ok, 1 / self.damping, 1.0).to(W.dtype)
+        scale = torch.where(ok, torch.full_like(c, 1 / self.damping), 1.0)
         W.addcmul_(cg.unsqueeze(2), a[:, :d].unsqueeze(1), value=-1).mul_(scale[:, None, None])
         if b is not None:
             b.sub_(cg * a[:, d:]).mul_(scale.unsqueeze(1))

@@ -44,7 +44,9 @@ def inverse_cost(shape: BatchShape) -> int:
     return sum(2 * shape.full_width(side) * entries for side in shape.sides)
 
 
-def apply_inverses(inverses: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+def apply_inverses(
+    inverses: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor, floor: float = 0.0
+) -> Tensor:
     """``L^-1 [W b] R^-1`` in place.
 
     Args:
@@ -52,13 +54,18 @@ def apply_inverses(inverses: dict[str, Tensor], W: Tensor, b: Tensor | None, ok:
         W: ``[B, d_out, d_in]``, the weight's gradient.
         b: ``[B, d_out]``, the bias's gradient, or None.
         ok: ``[B]`` bool; other layers stay as they are.
+        floor: How much one side may shrink the gradient's largest entry.
 
     Returns:
-        ``ok`` less the layers whose product is not finite; these stay as they are too.
+        ``ok`` less the layers whose product is not finite, or below the floor; these stay as they
+        are too.
     """
     P, p = W, b
+    largest = linalg.largest_entry(W, b)
     for side, H in inverses.items():
         P, p = _multiply(side, H, P, p)
+        before, largest = largest, linalg.largest_entry(P, p)
+        ok = ok & (largest >= floor * before)
     ok = ok & P.sum((1, 2)).isfinite()
     if b is not None and p is not None:
         ok = ok & p.sum(1).isfinite()
@@ -83,9 +90,7 @@ def _multiply(side: str, H: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor
 
 def _scale(W: Tensor, b: Tensor | None) -> Tensor:
     """``[B]``: brings a gradient where float16 neither overflows nor loses its entries."""
-    largest = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2))
-    if b is not None:
-        largest = torch.maximum(largest, torch.linalg.vector_norm(b, float("inf"), dim=1))
+    largest = linalg.largest_entry(W, b)
     # A product's entry is at most |row of H| |column of W| <= |row of H| sqrt(d) max |W|.
     scale = largest * max(W.shape[1:]) ** 0.5
     return torch.where(scale > 0, scale, 1.0)

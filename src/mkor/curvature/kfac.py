@@ -18,6 +18,9 @@ __all__ = ["Covariance"]
 GROWTH = 10.0
 """A failed factorisation multiplies a layer's damping by this; each success halves it again."""
 
+MOST = 1e12
+"""How far a damping may grow; a covariance that needs more is not finite."""
+
 
 @dataclass(frozen=True)
 class Covariance:
@@ -89,10 +92,11 @@ class Covariance:
             statistics: Of this update.
         """
         accept = statistics.accept
+        use = accept[:, None, None]
         for side, new in statistics.covariance.items():
             average = state[f"{side}_covariance"]
-            moved = linalg.momentum_average(average, new, self.momentum)
-            average.copy_(torch.where(accept[:, None, None], moved, average))
+            weight = use.to(average.dtype) * (1 - self.momentum)
+            average.lerp_(torch.where(use, new, 0.0), weight)
         state["updates"] += accept
         if statistics.update % self.inverse_every == 0:
             self._invert(state, accept)
@@ -110,7 +114,7 @@ class Covariance:
         for side, (inverse, _) in found.items():
             old = state[f"{side}_inverse"]
             old.copy_(torch.where((accept & good)[:, None, None], inverse, old))
-        changed = torch.where(good, (factor / 2).clamp(min=1.0), factor * GROWTH)
+        changed = torch.where(good, (factor / 2).clamp(min=1.0), (factor * GROWTH).clamp(max=MOST))
         factor.copy_(torch.where(accept, changed, factor))
 
     def _dampings(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,7 +28,8 @@ class Window:
     State, per side: ``rows [B, r, d]`` (``v_i``), ``gram [B, r, r]`` (``V V^T``, without the ones
     of a bias) and ``mean_square [B]`` (running, not bias-corrected). For both sides:
     ``weights [B, r]`` (``(1-gamma) gamma^age / k_i``), ``updates [B]`` (``t``) and
-    ``written [B]`` (vectors so far).
+    ``written [B]`` (vectors so far). With float16, also per side ``scale [B, r]``: rows are stored
+    over their largest entry, since gradients may lie below what float16 can hold.
 
     Attributes:
         rank: Vectors per side, ``r``.
@@ -86,6 +87,8 @@ class Window:
             state[f"{side}_rows"] = zeros(B, r, width, dtype=self.factor_dtype or shape.dtype)
             state[f"{side}_gram"] = zeros(B, r, r)
             state[f"{side}_mean_square"] = zeros(B)
+            if self.factor_dtype == torch.float16:
+                state[f"{side}_scale"] = zeros(B, r)
         return state
 
     def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
@@ -108,20 +111,39 @@ class Window:
         fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
         weights.copy_(aged.scatter(1, places, torch.where(new, fresh, aged.gather(1, places))))
         for side, vectors in statistics.vectors.items():
-            ring, gram = state[f"{side}_rows"], state[f"{side}_gram"]
-            wide = places.unsqueeze(-1).expand(-1, -1, ring.shape[-1])
-            arrived = vectors.gather(1, order.unsqueeze(-1).expand_as(wide)).to(ring.dtype)
-            written = torch.where(new.unsqueeze(-1), arrived, ring.gather(1, wide))
-            ring.scatter_(1, wide, written)
-            products = ring.to(gram.dtype) @ written.to(gram.dtype).mT
-            columns = places.unsqueeze(1).expand_as(products)
-            products = torch.where(accept[:, None, None], products, gram.gather(2, columns))
-            gram.scatter_(2, columns, products).scatter_(1, columns.mT, products.mT)
+            self._write(state, side, vectors.gather(1, _over(order, vectors)), places, new, accept)
             average = state[f"{side}_mean_square"]
             moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)
             average.copy_(torch.where(accept, moved, average))
         state["updates"] += accept
         state["written"] += torch.where(accept, made, 0)
+
+    def _write(
+        self,
+        state: dict[str, Tensor],
+        side: str,
+        arrived: Tensor,
+        places: Tensor,
+        new: Tensor,
+        accept: Tensor,
+    ) -> None:
+        """Put ``arrived [B, k, d]`` into a side's ring, and its products into the Gram matrix."""
+        ring, gram = state[f"{side}_rows"], state[f"{side}_gram"]
+        scale = state.get(f"{side}_scale")
+        if scale is not None:
+            largest = arrived.abs().amax(-1)
+            largest = torch.where(largest > 0, largest, 1.0)
+            scale.scatter_(1, places, torch.where(new, largest, scale.gather(1, places)))
+            arrived = arrived / largest.unsqueeze(-1)
+        wide = _over(places, ring)
+        written = torch.where(new.unsqueeze(-1), arrived.to(ring.dtype), ring.gather(1, wide))
+        ring.scatter_(1, wide, written)
+        products = ring.to(gram.dtype) @ written.to(gram.dtype).mT
+        if scale is not None:
+            products = products * scale.unsqueeze(2) * scale.gather(1, places).unsqueeze(1)
+        columns = places.unsqueeze(1).expand_as(products)
+        products = torch.where(accept[:, None, None], products, gram.gather(2, columns))
+        gram.scatter_(2, columns, products).scatter_(1, columns.mT, products.mT)
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Whitened vectors ``U = C V`` of each side.
@@ -143,7 +165,7 @@ class Window:
         damping = torch.cat([self._damping(state, side) for side in sides])
         parts = linalg.whitening(gram, weights.repeat(len(sides), 1), damping).chunk(len(sides))
         C = dict(zip(sides, parts, strict=True))
-        U = {side: C[side] @ state[f"{side}_rows"].to(gram.dtype) for side in sides}
+        U = {side: self._whitened(state, side, C[side]) for side in sides}
         usable = torch.stack([U[side].sum((1, 2)) for side in sides]).sum(0).isfinite()
         # A damaged window must not reach the gradient; 0 times NaN would.
         prepared = {side: torch.where(usable[:, None, None], U[side], 0.0) for side in sides}
@@ -217,7 +239,17 @@ class Window:
         """
         return 4 * self.rank * shape.d_out * (shape.d_in + shape.bias) * len(shape.sides)
 
+    def _whitened(self, state: dict[str, Tensor], side: str, C: Tensor) -> Tensor:
+        scale = state.get(f"{side}_scale")
+        C = C if scale is None else C * scale.unsqueeze(1)
+        return C @ state[f"{side}_rows"].to(C.dtype)
+
     def _damping(self, state: dict[str, Tensor], side: str) -> Tensor:
         average = state[f"{side}_mean_square"]
         steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
         return self.damping * average / steps
+
+
+def _over(places: Tensor, rows: Tensor) -> Tensor:
+    """Places ``[B, k]`` as indices of whole rows ``[B, k, d]``."""
+    return places.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
