@@ -34,6 +34,15 @@ CONVOLUTIONS = {
 
 GROUPED = [name for name, (_, how) in CONVOLUTIONS.items() if "groups" in how]
 UNGROUPED = [name for name in CONVOLUTIONS if name not in GROUPED]
+FEW = [
+    "conv1d-reflect-same",
+    "conv1d-stride-dilation",
+    "conv2d-tuples",
+    "conv2d-same-uneven-circular",
+    "conv2d-no-bias",
+    "conv3d-zeros-1",
+]
+"""For what only passes their statistics on."""
 
 
 def convolution(name, dtype=torch.float64):

@@ -5,8 +5,9 @@ A later optimizer joins by one entry in ``ROWS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +21,15 @@ PREFIX = "mkor_"
 
 @dataclass(frozen=True)
 class Row:
-    """How to build a wrapper and the base below it."""
+    """How to build a wrapper and the base below it.
+
+    ``one_mean`` are the options with which an update learns one mean of all rows, or all rows.
+    """
 
     wrap: Callable[..., torch.optim.Optimizer]
     base: Callable[[Any], torch.optim.Optimizer]
     defaults: dict[str, Any]
+    one_mean: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, model: nn.Module, parameters=None, **options) -> Any:
         """The wrapper over a new base of the model's parameters."""
@@ -57,17 +62,42 @@ BASES = {
 }
 
 WINDOW = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9, "damping": 0.05}
+DENSE = {"vectors": 2, "momentum": 0.9, "update_every": 1}
+SWITCH = mkor.LossRateSwitch(fraction=0.9, smoothing=0.4, patience=0.0, warmup=2, every=2)
+"""Hands over to the base after the sixth step of ``train`` from the beginning."""
 
-ROWS = {f"mkor+{name}": Row(mkor.MKOR, base, WINDOW) for name, base in BASES.items()} | {
-    "mkor[left,step]+adamw": Row(
-        mkor.MKOR, BASES["adamw"], WINDOW | {"sides": "left", "rescale": "step", "rows": None}
+
+def windows(base: str, **how) -> Row:
+    return Row(mkor.MKOR, BASES[base], WINDOW | how, {"vectors": 1, "rows": None})
+
+
+def dense(base: str, **how) -> Row:
+    return Row(mkor.DenseMKOR, BASES[base], DENSE | how, {"vectors": 1})
+
+
+def kfac(base: str, **how) -> Row:
+    return Row(mkor.KFAC, BASES[base], {"momentum": 0.9, "damping": 0.01} | how)
+
+
+def eva(base: str, **how) -> Row:
+    return Row(mkor.Eva, BASES[base], {"momentum": 0.9} | how)
+
+
+ROWS = {f"mkor+{name}": windows(name) for name in BASES} | {
+    "mkor[left,step]+adamw": windows("adamw", sides="left", rescale="step", rows=None),
+    "mkor[every 3]+sgd-momentum": windows("sgd-momentum", update_every=3, rescale=None),
+    "mkor[bfloat16]+adamw": windows("adamw", factor_dtype=torch.bfloat16),
+    "mkor-h+adamw": windows("adamw", hybrid=SWITCH),
+    "dense[paper]+sgd": dense("sgd", rule="paper", vectors=1),
+    "dense[exact]+adamw": dense("adamw", rule="exact", epsilon=1.05, rescale="running"),
+    "dense[release,float16]+adamw": dense("adamw", rule="release", factor_dtype=torch.float16),
+    "dense[every 3]+sgd-momentum": dense("sgd-momentum", update_every=3, sides="right"),
+    "kfac+sgd-momentum": kfac("sgd-momentum"),
+    "kfac[pi,running]+adamw": kfac(
+        "adamw", pi_correction=True, inverse_every=2, kl_clip=None, rescale="running"
     ),
-    "mkor[every 3]+sgd-momentum": Row(
-        mkor.MKOR, BASES["sgd-momentum"], WINDOW | {"update_every": 3, "rescale": None}
-    ),
-    "mkor[bfloat16]+adamw": Row(
-        mkor.MKOR, BASES["adamw"], WINDOW | {"factor_dtype": torch.bfloat16}
-    ),
+    "eva+adamw": eva("adamw"),
+    "eva-h[step]+sgd": eva("sgd", kl_clip=None, rescale="step", hybrid=SWITCH),
 }
 
 
@@ -106,9 +136,18 @@ def train(model: nn.Module, optimizer, steps, start: int = 0) -> list[float]:
     losses = []
     for i in range(start, start + steps):
         optimizer.zero_grad()
-        losses.append(backward(model, i).item())
+        loss = backward(model, i)
+        losses.append(loss.item())
+        report(optimizer, loss)
         optimizer.step()
     return losses
+
+
+def report(optimizer, loss: torch.Tensor) -> None:
+    """Tell a hybrid of the loss; other wrappers refuse to hear of it."""
+    if isinstance(optimizer, mkor.Preconditioned):
+        with suppress(RuntimeError):
+            optimizer.report_loss(loss)
 
 
 def seeded(make=Net, seed: int = 0, **how) -> nn.Module:
@@ -130,13 +169,17 @@ def entries(optimizer) -> list[dict[str, Any]]:
     return [optimizer.state[p] for p in parameters if p in optimizer.state]
 
 
+ADVANCING = {PREFIX + key for key in ("counters", "norms", "losses", "switch")}
+"""Entries that change in every step, whatever the batch is."""
+
+
 def factors(optimizer) -> list[torch.Tensor]:
-    """Copies of all factors, without what advances in every step: counters, running norms."""
+    """Copies of all factors, without what advances in every step."""
     return [
         value.clone()
         for entry in entries(optimizer)
         for key, value in sorted(entry.items())
-        if key.startswith(PREFIX) and key not in (PREFIX + "counters", PREFIX + "norms")
+        if key.startswith(PREFIX) and key not in ADVANCING
     ]
 
 

@@ -131,8 +131,8 @@ def chunk_statistics(call: Call, chunks: list[list[int]], bias: bool) -> Statist
 # ---------------------------------------------------------------------------------------- window
 
 
-def running_mean(values: list[float], gamma: float) -> float:
-    """The average with momentum ``gamma`` of all values so far, bias-corrected."""
+def running_mean(values, gamma: float):
+    """The average with momentum ``gamma`` of all numbers or tensors so far, bias-corrected."""
     average = 0.0
     for value in values:
         average = gamma * average + (1 - gamma) * value
@@ -177,48 +177,43 @@ def window_inverse(
 # ------------------------------------------------------------------------------------------ twin
 
 
-@dataclass
-class TwinLayer:
-    """A layer (or one group of a grouped one) with window factors, from its whole history."""
+@dataclass(kw_only=True)
+class Layer:
+    """A layer (or one group of a grouped one): a subclass learns from calls and gives factors."""
 
-    rank: int
-    vectors: int
-    momentum: float
-    damping: float
     bias: bool
+    momentum: float
     rescale: str | None = None
     sides: str = "both"
-    history: list[Statistics] = field(default_factory=list)
+    updates: int = 0
     norms: list[tuple[float, float]] = field(default_factory=list)
 
-    def update(self, calls: list[Call]) -> None:
-        self.history.append(statistics(calls, self.vectors, self.bias))
+    def update(self, calls: list[Call], number: int | None = None) -> None:
+        """Learn from one update, the optimizer's ``number``-th from 0, or this layer's own."""
+        self.learn(calls, self.updates if number is None else number)
+        self.updates += 1
 
-    def right(self) -> torch.Tensor:
-        return window_inverse(
-            [s.a for s in self.history],
-            [s.a_square for s in self.history],
-            self.rank,
-            self.momentum,
-            self.damping,
-        )
+    def learn(self, calls: list[Call], number: int) -> None:
+        raise NotImplementedError
 
     def left(self) -> torch.Tensor:
-        return window_inverse(
-            [s.g for s in self.history],
-            [s.g_square for s in self.history],
-            self.rank,
-            self.momentum,
-            self.damping,
-        )
+        raise NotImplementedError
 
-    def precondition(self, M: torch.Tensor) -> torch.Tensor:
-        """``P = L^-1 M R^-1``, section 2.4, then the rescaling asked for."""
+    def right(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def product(self, M: torch.Tensor) -> torch.Tensor:
+        """``P = L^-1 M R^-1``, section 2.4."""
         P = M.double()
         if self.sides in ("both", "left"):
             P = self.left() @ P
         if self.sides in ("both", "right"):
             P = P @ self.right()
+        return P
+
+    def precondition(self, M: torch.Tensor) -> torch.Tensor:
+        """The product, then the rescaling asked for."""
+        P = self.product(M)
         self.norms.append((M.double().norm().item(), P.norm().item()))
         return P * self.scale()
 
@@ -230,3 +225,25 @@ class TwinLayer:
             raw = running_mean([m for m, _ in self.norms], self.momentum)
             new = running_mean([p for _, p in self.norms], self.momentum)
         return raw / new if new else 1.0
+
+
+@dataclass(kw_only=True)
+class TwinLayer(Layer):
+    """Window factors, from the layer's whole history."""
+
+    rank: int
+    vectors: int
+    damping: float
+    history: list[Statistics] = field(default_factory=list)
+
+    def learn(self, calls: list[Call], number: int) -> None:
+        self.history.append(statistics(calls, self.vectors, self.bias))
+
+    def right(self) -> torch.Tensor:
+        return self.inverse([s.a for s in self.history], [s.a_square for s in self.history])
+
+    def left(self) -> torch.Tensor:
+        return self.inverse([s.g for s in self.history], [s.g_square for s in self.history])
+
+    def inverse(self, updates: list[list[torch.Tensor]], squares: list[float]) -> torch.Tensor:
+        return window_inverse(updates, squares, self.rank, self.momentum, self.damping)

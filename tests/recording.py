@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import oracles
+from oracles_dense import kl_scale
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -62,15 +63,29 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Twin:
-    """The naive optimizer: layer by layer, from the whole history of recorded rows."""
+    """The naive optimizer: layer by layer, from the whole history of recorded rows.
 
-    def __init__(self, model: nn.Module, *, update_every: int = 1, rows: str | None = None, **how):
+    ``how`` goes to ``kind``, one of the layers of the oracles. With ``kl_clip`` all preconditioned
+    gradients are shortened together, for the learning rates ``lr``: one, or one by layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kind: type[oracles.Layer] = oracles.TwinLayer,
+        update_every: int = 1,
+        rows: str | None = None,
+        kl_clip: float | None = None,
+        lr: float | dict[str, float] = 1.0,
+        **how,
+    ):
         self.recorder = Recorder(model)
         self.update_every, self.rows, self.steps = update_every, rows, 0
+        self.kl_clip, self.lr = kl_clip, lr
         self.layers = {
             name: [
-                oracles.TwinLayer(bias=layer.bias is not None, **how)
-                for _ in range(getattr(layer, "groups", 1))
+                kind(bias=layer.bias is not None, **how) for _ in range(getattr(layer, "groups", 1))
             ]
             for name, layer in self.recorder.layers.items()
         }
@@ -78,22 +93,28 @@ class Twin:
     def step(self, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Preconditions ``raw`` gradients with the rows recorded since the last step."""
         calls = self.recorder.take()
-        updating = self.steps % self.update_every == 0
+        number, between = divmod(self.steps, self.update_every)
         self.steps += 1
-        if updating:
+        if not between:
             for name, groups in calls.items():
                 for twin, group in zip(self.layers[name], groups, strict=True):
-                    twin.update(oracles.in_runs(group) if self.rows == "runs" else group)
-        return {
+                    twin.update(oracles.in_runs(group) if self.rows == "runs" else group, number)
+        new = {
             name: self._precondition(name, M)
-            if name in calls or not updating
-            else M  # a layer that saw no data in this step
             for name, M in raw.items()
+            # Not those without data in this step, and not those that have never seen any.
+            if (name in calls or between) and self.layers[name][0].updates
         }
+        return raw | self._clipped(raw, new)
 
     def _precondition(self, name: str, M: torch.Tensor) -> torch.Tensor:
-        if not self.layers[name][0].history:
-            return M
         return torch.stack(
             [twin.precondition(m) for twin, m in zip(self.layers[name], M, strict=True)]
         )
+
+    def _clipped(self, raw, new):
+        if self.kl_clip is None:
+            return new
+        lr = self.lr if isinstance(self.lr, dict) else dict.fromkeys(new, self.lr)
+        nu = kl_scale([(lr[name], P, raw[name]) for name, P in new.items()], self.kl_clip)
+        return {name: nu * P for name, P in new.items()}

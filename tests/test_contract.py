@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel
 
+import mkor
 from contestants import (
     PREFIX,
     ROWS,
@@ -242,9 +243,9 @@ def test_scheduler_and_optimizer_resume_together(row):
 
 @pytest.mark.parametrize("sizes", [(6, 6), (7, 3, 2), (1, 11)], ids=str)
 def test_accumulation_equals_the_whole_batch(row, sizes):
-    """At ``vectors=1, rows=None`` micro-batches are one batch, also unequal ones."""
+    """With one mean of all rows micro-batches are one batch, also unequal ones."""
     whole, parts = seeded(dtype=F64), seeded(dtype=F64)
-    a, b = (row.make(m, vectors=1, rows=None) for m in (whole, parts))
+    a, b = (row.make(m, **row.one_mean) for m in (whole, parts))
     for i in range(5):
         x, y = batch(i, dtype=F64)
         a.zero_grad()
@@ -261,7 +262,7 @@ def test_accumulation_equals_the_whole_batch(row, sizes):
 def test_clipping_sees_the_raw_gradient(row):
     """Up to ``step`` gradients are autograd's own; the clipped one is what gets preconditioned."""
     model, plain = seeded(), seeded()
-    optimizer = row.make(model, rescale=None)
+    optimizer = row.make(model, rescale=None, kl_clip=None)
     backward(model, 0)
     backward(plain, 0)
     assert same(grads(model), grads(plain))
@@ -269,19 +270,19 @@ def test_clipping_sees_the_raw_gradient(row):
     assert raw_norm == clip_grad_norm_(plain.parameters(), 1e-3)
     assert same(grads(model), grads(plain))
     unclipped = seeded()
-    other = row.make(unclipped, rescale=None)
+    other = row.make(unclipped, rescale=None, kl_clip=None)
     backward(unclipped, 0)
     optimizer.step()
     other.step()
     for p, q in zip(model.parameters(), unclipped.parameters(), strict=True):
-        torch.testing.assert_close(p.grad * (raw_norm / 1e-3), q.grad, rtol=1e-3, atol=1e-6)
+        assert (p.grad * (raw_norm / 1e-3) - q.grad).norm() <= 1e-3 * q.grad.norm()
 
 
 @pytest.mark.parametrize("rescale", ["step", "running"])
 def test_rescaling_keeps_the_clipped_norm(row, rescale):
     """In a first step both rescalings give every layer the norm of its clipped gradient."""
     model = seeded()
-    optimizer = row.make(model, rescale=rescale)
+    optimizer = row.make(model, rescale=rescale, kl_clip=None)
     backward(model, 0)
     clip_grad_norm_(model.parameters(), 0.01)
     before = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in model.children()]
@@ -444,7 +445,7 @@ def test_activation_checkpointing(row, reentrant):
     """Recomputed layers count once: the run equals the one without checkpointing."""
     model, other = seeded(Checkpointed), seeded(Checkpointed)
     model.mode = reentrant
-    a, b = row.make(model, rows=None), row.make(other, rows=None)
+    a, b = (row.make(m, **row.one_mean) for m in (model, other))
     train(model, a, 4)
     train(other, b, 4)
     for p, q in zip(weights(model), weights(other), strict=True):
@@ -758,6 +759,13 @@ def test_state_holds_the_factors(row):
         assert entry == at_first[name]
 
 
+def untouched(factor):
+    """Empty, an identity, a factor of 1, or what is known of the outputs."""
+    if factor.dim() == 2 and factor.shape[0] == factor.shape[1]:
+        factor = factor - torch.eye(len(factor), dtype=factor.dtype) * factor.any()
+    return (factor == 0).all() or factor.dim() == 0
+
+
 @pytest.mark.parametrize("gradient", [None, 0.0])
 def test_step_without_a_backward_is_harmless(row, gradient):
     """Tools take one with no or with zero gradients to make state: nothing else moves."""
@@ -771,7 +779,7 @@ def test_step_without_a_backward_is_harmless(row, gradient):
     before = weights(model)
     optimizer.step()
     assert same(before, weights(model))
-    assert all((f == 0).all() or f.dtype == torch.int8 for f in factors(optimizer))
+    assert all(untouched(f) for f in factors(optimizer))
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     train(other, expected, 1)
@@ -779,7 +787,9 @@ def test_step_without_a_backward_is_harmless(row, gradient):
         assert torch.tensor(train(model, optimizer, 1)).isfinite().all(), start
     for p, q in zip(grads(model), grads(other), strict=True):
         assert p.isfinite().all()
-        if optimizer.update_every == 1 and optimizer.curvature.rows is None:
+        # The empty step was the turn of the first rows, or of the first inversion.
+        every = getattr(optimizer.curvature, "inverse_every", 1)
+        if optimizer.update_every == every == 1 and optimizer.curvature.rows is None:
             assert torch.equal(p, q)
 
 
@@ -789,6 +799,10 @@ def test_state_dict_before_any_step(row):
     optimizer, expected = row.make(model), row.make(other)
     optimizer.load_state_dict(optimizer.state_dict())
     assert train(model, optimizer, 4) == train(other, expected, 4)
+
+
+def floating(optimizer):
+    return {f.dtype for f in factors(optimizer) if f.is_floating_point()}
 
 
 def test_bfloat16_model_keeps_its_factors_wide(row):
@@ -802,8 +816,7 @@ def test_bfloat16_model_keeps_its_factors_wide(row):
     resumed.load_state_dict(state)
     assert same(factors(optimizer), factors(resumed))
     for o in (optimizer, resumed):
-        dtypes = {f.dtype for f in factors(o) if f.is_floating_point()}
-        assert dtypes == {torch.float32, wide}
+        assert wide in floating(o) <= {torch.float32, wide}
     for m, o in ((model, optimizer), (other, resumed)):
         train(m, o, 1, 3)
     assert same(grads(model), grads(other))
@@ -815,7 +828,7 @@ def test_float64_stays_float64(row):
     optimizer = row.make(model)
     train(model, optimizer, 2)
     wide = row.defaults.get("factor_dtype") or F64
-    assert {f.dtype for f in factors(optimizer) if f.is_floating_point()} == {F64, wide}
+    assert wide in floating(optimizer) <= {F64, wide}
 
 
 # ---------------------------------------------------------------------------- its life cycle
@@ -906,10 +919,12 @@ def test_wrapper_does_not_outlive_its_model():
 
 
 def test_grad_scaler(row):
-    """A constant scale cancels in the window; an overflow's captures never reach the factors."""
+    """A constant scale cancels in the window, the others are told; an overflow reaches nothing."""
     model, other = seeded(), seeded()
     optimizer, plain = row.make(model), row.make(other)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    if row.wrap is not mkor.MKOR:
+        optimizer.loss_scale = scaler.get_scale()
     for i in range(4):
         optimizer.zero_grad()
         x, y = batch(i)

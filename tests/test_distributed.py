@@ -20,6 +20,8 @@ TIMEOUT = 60.0
 
 WHOLE = {"rank": 6, "vectors": 1, "rows": None, "skip_output": False, "momentum": 0.9}
 CHUNKS = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9}
+EVERY = {"skip_output": False, "momentum": 0.9}
+SWITCH = mkor.LossRateSwitch(fraction=0.9, smoothing=0.5, patience=0.0, warmup=0, every=1)
 EXACT = {
     "wrapped before DDP": {"options": WHOLE},
     "wrapped after DDP": {"options": WHOLE, "ddp_first": True},
@@ -27,6 +29,11 @@ EXACT = {
     "every other step, not rescaled": {"options": WHOLE | {"update_every": 2, "rescale": None}},
     "accumulation": {"options": WHOLE, "micro": 2},
     "a layer used by one process": {"options": WHOLE, "cut": 6, "lonely": True},
+    "dense factors": {"wrap": mkor.DenseMKOR, "options": EVERY | {"update_every": 1}, "cut": 5},
+    "KFAC": {"wrap": mkor.KFAC, "options": EVERY | {"damping": 0.1}, "cut": 5},
+    "KFAC, accumulation": {"wrap": mkor.KFAC, "options": EVERY | {"damping": 0.1}, "micro": 2},
+    "Eva": {"wrap": mkor.Eva, "options": EVERY | {"damping": 0.3}, "cut": 5},
+    "hybrid": {"options": WHOLE | {"hybrid": SWITCH}},
 }
 IN_STEP = {
     "chunks": {"options": CHUNKS},
@@ -82,7 +89,7 @@ def train(case, rank=None):
     if rank is not None:
         model = DistributedDataParallel(net, find_unused_parameters=case.get("lonely", False))
     watched = model if case.get("ddp_first") else net
-    optimizer = mkor.MKOR(watched, base, **case["options"])
+    optimizer = case.get("wrap", mkor.MKOR)(watched, base, **case["options"])
     history = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -92,7 +99,10 @@ def train(case, rank=None):
                 model.require_backward_grad_sync = i == len(todo) - 1
             # Divided by the whole batch, so that the average over processes is its mean's gradient.
             loss = cross_entropy(model(x, extra), y, reduction="sum") / SAMPLES
-            (loss * (1 if rank is None else WORLD)).backward()
+            loss = loss * (1 if rank is None else WORLD)
+            loss.backward()
+            if "hybrid" in case["options"]:
+                optimizer.report_loss(loss)
         optimizer.step()
         history.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     state = optimizer.state_dict()["state"]
@@ -101,6 +111,7 @@ def train(case, rank=None):
         "state": [v for entry in state.values() for _, v in sorted(entry.items())],
         "covered": [row.parameter for row in optimizer.coverage() if row.preconditioned],
         "figures": optimizer.diagnostics(),
+        "switched at": optimizer.switched_at,
     }
 
 
@@ -134,7 +145,8 @@ def _processes(tmp_path_factory) -> list[dict]:
 def test_equals_one_process_on_the_whole_batch(processes, name):
     """With one mean over all rows, how the batch is shared out makes no difference."""
     alone = train(EXACT[name])
-    assert len(alone["covered"]) == 9, "every parameter is preconditioned"
+    if not alone["switched at"]:
+        assert len(alone["covered"]) == 9, "every parameter is preconditioned"
     torch.testing.assert_close(
         processes[0][name]["weights"], alone["weights"], rtol=1e-5, atol=1e-5
     )
@@ -165,3 +177,10 @@ def test_a_bad_batch_on_one_process_is_skipped_by_all(processes):
         assert not torch.equal(weights[bad + 1], weights[bad])
         assert results[name]["figures"]["mkor/skipped_steps"] == 1
         assert results[name]["figures"]["mkor/refused_updates"] > 0
+
+
+def test_hybrid_switches_alike(processes):
+    """Each process knows its own losses only; all switch after the step at which one would."""
+    alone = train(CASES["hybrid"])["switched at"]
+    assert 1 < alone < STEPS
+    assert [results["hybrid"]["switched at"] for results in processes] == [alone] * WORLD

@@ -24,6 +24,12 @@ CHOSEN = [
     "mkor+muon",
     "mkor[left,step]+adamw",
     "mkor[bfloat16]+adamw",
+    "mkor-h+adamw",
+    "dense[exact]+adamw",
+    "dense[release,float16]+adamw",
+    "kfac+sgd-momentum",
+    "kfac[pi,running]+adamw",
+    "eva+adamw",
 ]
 BAD = [float("nan"), float("inf"), float("-inf")]
 
@@ -178,10 +184,11 @@ def test_raw_gradient_where_the_preconditioned_is_not_finite(row):
 
 
 @pytest.mark.parametrize("name", ["left", "right"])
-def test_broken_factor_gives_the_raw_gradient(name):
+@pytest.mark.parametrize("kind", ["mkor+sgd", "dense[paper]+sgd", "kfac+sgd-momentum", "eva+adamw"])
+def test_broken_factor_gives_the_raw_gradient(kind, name):
     """If a factor itself should ever be broken, training goes on with raw gradients, counted."""
     model = seeded()
-    optimizer = ROWS["mkor+sgd"].make(model)
+    optimizer = ROWS[kind].make(model)
     train(model, optimizer, 3)
     entry = optimizer.state[model.first.weight]
     broken = [k for k, v in entry.items() if name in k and v.is_floating_point()]

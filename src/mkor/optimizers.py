@@ -161,9 +161,9 @@ class KFAC(Preconditioned):
         damping: ``lambda``, in the units of the covariances, where ``g`` belongs to a single row's
             loss, not divided by the number of rows.
         update_every: Steps between updates of the covariances.
-        inverse_every: Steps between inversions, a multiple of ``update_every``. If a factorisation
-            fails, the old inverse stays in use and the layer's damping grows tenfold, to be halved
-            again by each success.
+        inverse_every: Steps between inversions, a multiple of ``update_every``; None inverts with
+            each update. If a factorisation fails, the old inverse stays in use and the layer's
+            damping grows tenfold, to be halved again by each success.
         pi_correction: Share the damping between the sides by their scale (Martens & Grosse,
             section 6.3).
         kl_clip: See :class:`Preconditioned`; None for none.
@@ -184,7 +184,7 @@ class KFAC(Preconditioned):
         momentum: float = 0.95,
         damping: float = 0.001,
         update_every: int = 1,
-        inverse_every: int = 1,
+        inverse_every: int | None = None,
         pi_correction: bool = False,
         kl_clip: float | None = 0.001,
         rescale: str | None = None,
@@ -247,7 +247,9 @@ class Eva(Preconditioned):
         )
 
 
-def _updates_between(inverse_every: int, update_every: int) -> int:
+def _updates_between(inverse_every: int | None, update_every: int) -> int:
+    if inverse_every is None:
+        return 1
     whole = all(isinstance(n, int) and n > 0 for n in (inverse_every, update_every))
     if whole and inverse_every % update_every:
         raise ValueError(

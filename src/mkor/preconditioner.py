@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,12 @@ class Preconditioner:
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         saved = checkpoint.read_counters(own)
         ended = self.switch is not None and self.switch.ended_in(own)
+        if self.switched_at is not None and not own:
+            warnings.warn(
+                "the checkpoint says nothing of the hybrid's switch: preconditioning starts anew "
+                "(flattened checkpoints must be loaded into an optimizer that has not switched)",
+                stacklevel=4,
+            )
         if own and not ended:
             self._entries.check(own, names)
         if not self.active:
