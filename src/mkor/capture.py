@@ -21,7 +21,7 @@ from mkor.output_layer import OutputSearch
 from mkor.profiling import span
 from mkor.sums import PartSums, Pick
 
-__all__ = ["META", "ForwardHook", "Gate", "Passes", "Site"]
+__all__ = ["META", "ForwardHook", "Gate", "GradientHook", "InertHook", "Passes", "Site"]
 
 META = 3
 """Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
@@ -221,7 +221,17 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
-class ForwardHook:
+class InertHook:
+    """A hook that does nothing once it is copied or pickled with the model."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+
+class ForwardHook(InertHook):
     """A module's forward hook; inert once copied or pickled with the model.
 
     Args:
@@ -255,7 +265,7 @@ class ForwardHook:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             gate.calls += 1
-        x = args[0] if args else kwargs.get("input", kwargs.get("query"))
+        x = args[0] if args else kwargs.get("input", kwargs.get("x"))
         output = output[0] if isinstance(output, tuple) else output
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
             return None
@@ -271,14 +281,14 @@ class ForwardHook:
         gate, site = self.gate, self.site
         search = gate.search
         if search is not None:
-            search.forward(self.key, x, output)
+            search.forward(self.key, [x], output)
             output.register_hook(lambda _: search.backward(self.key))
         if site is None or not _trains(module) or not site.kind.fits(x, output):
             return
         pick = gate.pick(gate.update)
         with span("mkor.capture"):
             a = gate.inputs(site.kind, x.detach(), pick)
-        output.register_hook(_GradientHook(gate, site, pick, a))
+        output.register_hook(GradientHook(gate, site, pick, a))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
@@ -288,14 +298,8 @@ class ForwardHook:
         tapped: Tensor = _Tap.apply(output, site, gate, a)  # type: ignore[no-untyped-call]
         return tapped
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_inert, ()
-
-
-class _GradientHook:
+class GradientHook:
     """Adds both sides of one call when the gradient of its output arrives."""
 
     __slots__ = ("a", "gate", "pick", "site")
@@ -304,6 +308,11 @@ class _GradientHook:
         self.gate, self.site, self.pick, self.a = gate, site, pick, a
 
     def __call__(self, grad: Tensor) -> None:
+        """Add both sides.
+
+        Args:
+            grad: Of the call's output.
+        """
         if not self.gate.open:
             return
         with torch.no_grad(), span("mkor.capture"):

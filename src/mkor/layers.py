@@ -8,7 +8,9 @@ loss with respect to the outputs, so that ``g^T a`` summed over rows is the weig
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from mkor.convolution import ConvKind
 from mkor.linear import LinearKind
 from mkor.sums import PartSums, Pick
 
-__all__ = ["LayerKind", "describe"]
+__all__ = ["LayerKind", "Role", "describe"]
 
 
 class LayerKind(Protocol):
@@ -56,33 +58,83 @@ def _paddings(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int
     return tuple((int(p), int(p)) for p in module.padding)
 
 
-def describe(module: nn.Module) -> LayerKind | str | None:
-    """The kind of a layer, if mkor preconditions it.
+@dataclass(frozen=True)
+class Role:
+    """One matrix of a module.
+
+    Attributes:
+        kind: How it reads as ``y = W x (+ b)``.
+        name: What is added to the module's name.
+        holder: The submodule that holds the parameters; empty for the module itself.
+        weight: Name of the weight in its holder.
+        bias: Name of the bias in its holder; empty if it has none of its own.
+        transposed: Whether the weight is stored as ``[d_in, d_out]``.
+        hidden: Whether the product is computed without calling a module for it, so that no hook
+            sees its input; it is then found in the autograd graph of the module's output.
+    """
+
+    kind: LayerKind
+    name: str = ""
+    holder: str = ""
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+    hidden: bool = False
+
+
+def describe(module: nn.Module) -> tuple[Role, ...] | str | None:
+    """The matrices of a module that mkor preconditions.
 
     Args:
         module: Any module; subclasses of the supported ones count.
 
     Returns:
-        Its description, or the reason why a layer that is nearly one is left to the base
+        Their descriptions, or the reason why a layer that is nearly one is left to the base
         optimizer, or None for everything else.
     """
     if isinstance(module, nn.Linear):
-        return LinearKind(module.in_features, module.out_features)
+        return (Role(LinearKind(module.in_features, module.out_features)),)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if module.groups > 1:
-            return "grouped convolution: every group would need factors of its own"
-        kernel = module.kernel_size
-        return ConvKind(
-            d_in=module.in_channels * math.prod(kernel),
-            d_out=module.out_channels,
-            kernel=kernel,
-            stride=module.stride,
-            dilation=module.dilation,
-            padding=_paddings(module),
-            padding_mode=module.padding_mode,
-        )
+        return _convolution(module)
     if isinstance(module, nn.MultiheadAttention):
-        return "nn.MultiheadAttention bypasses its layers' hooks"
+        return _attention(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "transposed convolution: not a supported kind of layer"
+    # A class of a package that only its users have loaded.
+    gpt2 = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if gpt2 is not None and isinstance(module, gpt2):
+        d_in, d_out = module.weight.shape
+        return (Role(LinearKind(d_in, d_out), transposed=True),)
     return None
+
+
+def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[Role, ...] | str:
+    if module.groups > 1:
+        return "grouped convolution: every group would need factors of its own"
+    kernel = module.kernel_size
+    kind = ConvKind(
+        d_in=module.in_channels * math.prod(kernel),
+        d_out=module.out_channels,
+        kernel=kernel,
+        stride=module.stride,
+        dilation=module.dilation,
+        padding=_paddings(module),
+        padding_mode=module.padding_mode,
+    )
+    return (Role(kind),)
+
+
+def _attention(module: nn.MultiheadAttention) -> tuple[Role, ...]:
+    d, last = module.embed_dim, "out_proj"
+    out = Role(LinearKind(d, d), last, holder=last, hidden=True)
+    if module._qkv_same_embed_dim:
+        packed = LinearKind(d, 3 * d)
+        role = Role(packed, "in_proj", weight="in_proj_weight", bias="in_proj_bias", hidden=True)
+        return role, out
+    widths = {"q": d, "k": module.kdim, "v": module.vdim}
+    # Their biases are parts of one parameter, which stays with the base.
+    parts = [
+        Role(LinearKind(width, d), f"{key}_proj", weight=f"{key}_proj_weight", bias="", hidden=True)
+        for key, width in widths.items()
+    ]
+    return *parts, out

@@ -7,7 +7,7 @@ nothing afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -31,16 +31,17 @@ class OutputSearch:
         self._replaying = self._opened = False
         self._opening: set[Hashable] = set()
 
-    def forward(self, layer: Hashable, x: Tensor, output: Tensor) -> None:
+    def forward(self, layer: Hashable, inputs: Iterable[Tensor], output: Tensor) -> None:
         """Note that a layer ran.
 
         Args:
             layer: Its key.
-            x: Its input.
+            inputs: What it computes with.
             output: What it returned.
         """
-        for producer in self._upstream(x):
-            self._fed.setdefault(producer, set()).add(layer)
+        for x in inputs:
+            for producer in self._upstream(x):
+                self._fed.setdefault(producer, set()).add(layer)
         node: Any = output.grad_fn
         if node is not None:
             node.metadata[self._mark] = layer

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mkor.layers import LayerKind, describe
+from mkor.layers import LayerKind, Role, describe
 
 __all__ = ["WIDEST_OUTPUT", "Layer", "Selection", "Skip", "cleaner", "select"]
 
@@ -26,38 +27,49 @@ class Layer:
 
     Attributes:
         name: Of its first module, without the prefixes of wrappers.
-        kind: How it reads as ``y = W x (+ b)``.
-        modules: More than one where a weight is shared.
+        role: Which matrix of its modules it is.
+        modules: What is hooked; more than one where a weight is shared.
         has_bias: Whether there is a bias that the base optimizer trains with the weight.
         reason: Why it is left to the base optimizer; empty if it is preconditioned.
     """
 
     name: str
-    kind: LayerKind
+    role: Role
     modules: list[nn.Module]
     has_bias: bool = False
     reason: str = ""
 
     @property
+    def kind(self) -> LayerKind:
+        """How it reads as ``y = W x (+ b)``."""
+        return self.role.kind
+
+    @cached_property
+    def holder(self) -> nn.Module:
+        """The module that holds the parameters."""
+        return self.modules[0].get_submodule(self.role.holder)
+
+    @property
     def weight(self) -> Tensor:
         """The current parameter: sharding and casting may replace it after construction."""
-        weight = self.modules[0].weight
+        weight = getattr(self.holder, self.role.weight)
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The current bias parameter, if it is trained with the weight."""
-        bias = self.modules[0].bias
-        return bias if self.has_bias and isinstance(bias, Tensor) else None
+        bias = getattr(self.holder, self.role.bias) if self.has_bias else None
+        return bias if isinstance(bias, Tensor) else None
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias; none at all while the weight has none or is frozen."""
+        """Gradients of weight, as it multiplies, and bias; none while the weight has none."""
         weight, bias = self.weight, self.bias
-        if weight.grad is None or not weight.requires_grad:
+        grad = weight.grad
+        if grad is None or not weight.requires_grad:
             return None, None
-        return weight.grad, None if bias is None else bias.grad
+        return grad.mT if self.role.transposed else grad, None if bias is None else bias.grad
 
 
 @dataclass
@@ -125,42 +137,75 @@ def select(model: nn.Module, optimized: Iterable[Tensor], skip: Skip) -> Selecti
     clean = cleaner(model)
     selection = Selection()
     by_weight: dict[int, Layer] = {}
+    inside: set[nn.Module] = set()
     for full_name, module in model.named_modules():
-        name, kind = clean(full_name), describe(module)
-        if kind is None:
+        name, roles = clean(full_name), describe(module)
+        if roles is None or module in inside:
             continue
-        reason = kind if isinstance(kind, str) else _unusable(module)
-        if isinstance(kind, str) or reason:
+        reason = roles if isinstance(roles, str) else _unusable(module, roles)
+        if isinstance(roles, str) or reason:
             selection.others[name] = module
             for parameter in module.parameters():
                 selection.reasons[id(parameter)] = reason
             continue
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor)
-        if id(weight) in selection.reasons:
-            continue
-        shared = by_weight.get(id(weight))
-        if shared is not None:
-            shared.modules.append(module)
-            if shared.kind != kind or shared.modules[0].bias is not bias:
-                shared.reason = f"shares its weight with {name}, but not its form or bias"
-                selection.reasons[id(bias)] = shared.reason
-            continue
-        layer = Layer(name, kind, [module])
-        if isinstance(bias, Tensor):
-            alone = len(owners[id(bias)]) == len(owners[id(weight)])
-            layer.has_bias = id(bias) in known and bias.requires_grad and alone
-            if not alone:
-                selection.reasons[id(bias)] = "shared by layers with different weights"
-        layer.reason = (
-            skipped.get(id(module))
-            or _tied_reason(weight, owners)
-            or _parameter_reason(weight, known)
-            or ("" if kind.d_out <= WIDEST_OUTPUT else f"wider than {WIDEST_OUTPUT:,} outputs")
-        )
-        by_weight[id(weight)] = layer
-        selection.layers.append(layer)
+        for parameter in module.parameters(recurse=False):
+            if not _is_held(parameter, module, roles):
+                selection.reasons[id(parameter)] = "part of several matrices, or of none"
+        for role in roles:
+            layer = Layer(".".join(filter(None, (name, role.name))), role, [module])
+            if role.holder:
+                inside.add(layer.holder)
+            if id(layer.weight) in selection.reasons or _joins(layer, by_weight, selection):
+                continue
+            _settle_bias(layer, known, owners, selection)
+            layer.reason = (
+                skipped.get(id(layer.holder))
+                or _tied_reason(layer.weight, owners)
+                or _parameter_reason(layer.weight, known)
+                or _width_reason(role)
+            )
+            by_weight[id(layer.weight)] = layer
+            selection.layers.append(layer)
     return selection
+
+
+def _is_held(parameter: Tensor, module: nn.Module, roles: Iterable[Role]) -> bool:
+    names = [name for role in roles if not role.holder for name in (role.weight, role.bias)]
+    return any(module._parameters.get(name) is parameter for name in names)
+
+
+def _joins(layer: Layer, by_weight: dict[int, Layer], selection: Selection) -> bool:
+    """Whether another layer already has the weight; the module then counts as one of its uses."""
+    shared = by_weight.get(id(layer.weight))
+    if shared is None:
+        return False
+    shared.modules += layer.modules
+    bias = _bias_of(layer)
+    if shared.role != layer.role or _bias_of(shared) is not bias:
+        shared.reason = f"shares its weight with {layer.name}, but not its form or bias"
+        selection.reasons[id(bias)] = shared.reason
+    return True
+
+
+def _settle_bias(
+    layer: Layer, known: set[int], owners: dict[int, list[nn.Module]], selection: Selection
+) -> None:
+    bias = _bias_of(layer)
+    if bias is None:
+        return
+    alone = len(owners[id(bias)]) == len(owners[id(layer.weight)])
+    layer.has_bias = id(bias) in known and bias.requires_grad and alone
+    if not alone:
+        selection.reasons[id(bias)] = "shared by layers with different weights"
+
+
+def _bias_of(layer: Layer) -> Tensor | None:
+    bias = getattr(layer.holder, layer.role.bias, None) if layer.role.bias else None
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _width_reason(role: Role) -> str:
+    return "" if role.kind.d_out <= WIDEST_OUTPUT else f"wider than {WIDEST_OUTPUT:,} outputs"
 
 
 def _skipped(model: nn.Module, skip: Skip) -> dict[int, str]:
@@ -199,14 +244,16 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     return owners
 
 
-def _unusable(module: nn.Module) -> str:
-    if parametrize.is_parametrized(module):
-        return "parametrized: its weight is computed, not trained itself"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed, not a parameter itself"
-    if not weight.is_floating_point():
-        return f"its weight is stored as {weight.dtype}"
+def _unusable(module: nn.Module, roles: Iterable[Role]) -> str:
+    for role in roles:
+        holder = module.get_submodule(role.holder)
+        if parametrize.is_parametrized(holder):
+            return "parametrized: its weight is computed, not trained itself"
+        weight = holder._parameters.get(role.weight)
+        if weight is None:
+            return "its weight is computed, not a parameter itself"
+        if not weight.is_floating_point():
+            return f"its weight is stored as {weight.dtype}"
     return ""
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mkor.batches import Batch, allocate
-from mkor.capture import ForwardHook, Gate
+from mkor.capture import ForwardHook, Gate, InertHook, Site
 from mkor.communication import Communicator
 from mkor.curvature.contract import Curvature
+from mkor.hidden import HiddenHook
 from mkor.output_layer import EagerUntilFound, OutputSearch
-from mkor.selection import Skip, select
+from mkor.selection import Layer, Skip, select
 
 __all__ = ["Watch"]
 
@@ -186,7 +187,8 @@ class Watch:
         for module in (m for layer in chosen for m in layer.modules):
             reference = _watches.get(module)
             other = None if reference is None else reference()
-            close = None if other is None or other._closed else other._close_owner()
+            mine = other is None or other is self or other._closed
+            close = None if other is None or mine else other._close_owner()
             if close is not None:
                 warnings.warn(
                     "another wrapper already watches this model; it is closed and the new one "
@@ -209,7 +211,7 @@ class Watch:
             if site is None and self.gate.search is None:
                 continue
             for module in layer.modules:
-                self._hook(module, ForwardHook(self.gate, layer.name, site))
+                self._hook(module, self._hook_of(layer, site))
             if site is not None and layer.weight.requires_grad:
                 counter = self.gate.passes.counter(layer.name, self.gate)
                 self._handles.append(layer.weight.register_post_accumulate_grad_hook(counter))
@@ -218,7 +220,12 @@ class Watch:
             for name, module in self.selection.others.items():
                 self._hook(module, ForwardHook(self.gate, name, None))
 
-    def _hook(self, module: nn.Module, hook: ForwardHook) -> None:
+    def _hook_of(self, layer: Layer, site: Site | None) -> InertHook:
+        if layer.role.hidden:
+            return HiddenHook(self.gate, layer, site, last=layer.role.name == "out_proj")
+        return ForwardHook(self.gate, layer.name, site)
+
+    def _hook(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _end_search(self) -> None:

@@ -1,0 +1,111 @@
+"""Products that no module is called for, found in the autograd graph of a module's output.
+
+``nn.MultiheadAttention`` multiplies with its projections in one function, so hooks on them never
+run. The nodes of these products hold their input, and see the gradient of their output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mkor.capture import Gate, GradientHook, InertHook, Site
+from mkor.profiling import span
+from mkor.selection import Layer
+
+__all__ = ["HiddenHook"]
+
+# The product's node, and where it keeps its input.
+_PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
+# What may stand between a product and the weight it multiplies with: transposition and autocast.
+_PASSING = {"TBackward0", "TransposeBackward0", "ToCopyBackward0"}
+
+
+class HiddenHook(InertHook):
+    """A forward hook of the module around a hidden product; inert once copied with the model.
+
+    Compiled code has no such graph, and under saved-tensor hooks (checkpointing without reentry,
+    offloading) a node's input must not be read twice: then nothing is captured, and the raw
+    gradient passes.
+
+    Args:
+        gate: Shared by all hooks of the optimizer.
+        layer: The product.
+        site: Where its sums go; None for a layer that is only watched during the search.
+        last: Whether it is the module's last product, and stands for it in the search.
+    """
+
+    def __init__(self, gate: Gate, layer: Layer, site: Site | None, last: bool) -> None:
+        self.gate = gate
+        self.key: Hashable = layer.name
+        self.path = (layer.role.holder, layer.role.weight)
+        self.site = site
+        self.last = last
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Find the product and wait for its gradient.
+
+        Args:
+            module: The module around the product.
+            args: Its positional inputs.
+            kwargs: Its keyword inputs.
+            output: What it returned.
+        """
+        gate = self.gate
+        if not gate.open or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        gate.calls += 1
+        output = output[0] if isinstance(output, tuple) else output
+        if not (isinstance(output, Tensor) and output.requires_grad):
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        search = gate.search
+        if search is not None and self.last:
+            search.forward(self.key, inputs, output)
+            output.register_hook(lambda _: search.backward(self.key))
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if self.site is not None and not hooked:
+            self._capture(module, self.site, inputs, output)
+
+    def _capture(self, module: nn.Module, site: Site, inputs: list[Tensor], output: Tensor) -> None:
+        holder, name = self.path
+        node = _product(output, getattr(module.get_submodule(holder), name), inputs)
+        x = None if node is None else getattr(node, _PRODUCTS[node.name()])
+        if node is None or x is None:
+            return
+        pick = self.gate.pick(self.gate.update)
+        with torch.no_grad(), span("mkor.capture"):
+            a = self.gate.inputs(site.kind, x.detach(), pick)
+        hook = GradientHook(self.gate, site, pick, a)
+        node.register_prehook(lambda gradients: hook(gradients[0]))
+
+
+def _product(output: Tensor, weight: Tensor, inputs: list[Tensor]) -> Any:
+    """The node of the product with ``weight`` between a module's inputs and its output."""
+    seen = {x.grad_fn for x in inputs}
+    pending = [output.grad_fn]
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _PRODUCTS and any(leaf is weight for leaf in _factors(node)):
+            return node
+        pending.extend(parent for parent, _ in node.next_functions)
+    return None
+
+
+def _factors(node: Any) -> Iterator[Tensor]:
+    """The parameters that a node multiplies or adds directly."""
+    for parent, _ in node.next_functions:
+        while parent is not None and parent.name() in _PASSING:
+            parent = parent.next_functions[0][0]
+        if hasattr(parent, "variable"):
+            yield parent.variable
