@@ -190,11 +190,21 @@ class Layer:
 
     def update(self, calls: list[Call], number: int | None = None) -> None:
         """Learn from one update, the optimizer's ``number``-th from 0, or this layer's own."""
-        self.learn(calls, self.updates if number is None else number)
+        number = self.updates if number is None else number
+        self.learn(calls, number)
         self.updates += 1
+        self.refresh(number)
 
     def learn(self, calls: list[Call], number: int) -> None:
         raise NotImplementedError
+
+    def refresh(self, number: int) -> None:
+        """What an update does to layers that have learned something, in it or before it."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are factors to precondition with."""
+        return self.updates > 0
 
     def left(self) -> torch.Tensor:
         raise NotImplementedError

@@ -48,6 +48,12 @@ def stabilized(H: torch.Tensor, epsilon: float | None, zeta: float) -> torch.Ten
     return zeta * H + (1 - zeta) * eye(len(H))
 
 
+def kept(H: torch.Tensor) -> torch.Tensor:
+    """What the printed rule lets vanish stays at a millionth."""
+    largest = H.abs().max()
+    return H * (1e-6 / largest) if 0 < largest < 1e-6 else H
+
+
 def dense_update(
     H: torch.Tensor,
     vectors: list[torch.Tensor],
@@ -64,7 +70,7 @@ def dense_update(
     for i, v in enumerate(vectors):
         calm = stabilized(H, epsilon, zeta)
         acted += calm is not H
-        B = calm if i else decayed(calm, rule, gamma)
+        B = calm if i else kept(decayed(calm, rule, gamma))
         H = with_vector(B, v / math.sqrt(len(vectors)), rule, gamma)
     return H, acted
 
@@ -142,10 +148,14 @@ class KFACLayer(Layer):
     def learn(self, calls: list[Call], number: int) -> None:
         a, g = rows_of(calls, self.bias)
         self.history.append((covariance(g), covariance(a)))
-        if self.inverses is None:
-            self.inverses = eye(g.shape[1]), eye(a.shape[1])
+
+    def refresh(self, number: int) -> None:
         if number % self.inverse_updates == 0:
             self.inverses = damped_inverses(*self.averages(), self.damping, self.pi_correction)
+
+    @property
+    def ready(self) -> bool:
+        return self.inverses is not None
 
     def averages(self) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = zip(*self.history, strict=True)

@@ -99,11 +99,14 @@ class Twin:
             for name, groups in calls.items():
                 for twin, group in zip(self.layers[name], groups, strict=True):
                     twin.update(oracles.in_runs(group) if self.rows == "runs" else group, number)
+            for twin in (twin for twins in self.layers.values() for twin in twins):
+                if twin.updates:
+                    twin.refresh(number)
         new = {
             name: self._precondition(name, M)
             for name, M in raw.items()
-            # Not those without data in this step, and not those that have never seen any.
-            if (name in calls or between) and self.layers[name][0].updates
+            # Not those without data in this step, and not those that have no factors yet.
+            if (name in calls or between) and self.layers[name][0].ready
         }
         return raw | self._clipped(raw, new)
 

@@ -106,7 +106,7 @@ def falling(n, tau, noise, seed):
 def follow_rule(losses, settings):
     rate = LossRate()
     for n, loss in enumerate(losses, 1):
-        rate = rate.after(loss, settings)
+        rate = rate.after(loss, n * settings.every, settings)
         if rate.ended(settings):
             return n
     return None
@@ -289,10 +289,11 @@ def test_losses_that_are_not_finite_do_not_count(kind, bad):
     losses = falling(150, 20.0, 0.05, 3)
     with_bad = [[x, KINDS[kind](bad)] if i % 4 else [x] for i, x in enumerate(losses)]
     assert feed(small(**PATIENT), with_bad) == expected_step(losses)
-    optimizer = small(**(PATIENT | {"every": 1}))
+    every_step = PATIENT | {"every": 1, "warmup": 0}
+    optimizer = small(**every_step)
     good = [x for i, x in enumerate(losses) if i % 5]
     feed(optimizer, [KINDS[kind](bad) if i % 5 == 0 else x for i, x in enumerate(losses)])
-    look = switch_look(good, LossRateSwitch(**(PATIENT | {"every": 1})))
+    look = switch_look(good, LossRateSwitch(**every_step))
     assert optimizer.switched_at == look + math.ceil(look / 4)
 
 
@@ -335,11 +336,17 @@ def test_one_warning_if_no_loss_comes():
     assert caught[0].filename == __file__
 
 
-def test_no_warning_once_a_loss_came():
+def test_no_warning_while_losses_come():
+    """Now and then is enough; one that stops coming is missed, once."""
     optimizer = small(**PATIENT)
-    optimizer.report_loss(1.0)
-    for _ in range(400):
-        optimizer.step()
+    for _ in range(40):
+        optimizer.report_loss(1.0)
+        for _ in range(20):
+            optimizer.step()
+    with pytest.warns(UserWarning, match="no finite loss") as caught:
+        for _ in range(100):
+            optimizer.step()
+    assert len(caught) == 1
 
 
 def test_nothing_synchronises_between_looks(monkeypatch):
@@ -721,3 +728,53 @@ def test_bad_hybrid(wrong):
         with pytest.raises(TypeError, match=r"hybrid.*LossRateSwitch\(...\) or None"):
             row.make(model, hybrid=wrong)
         assert hooks(model) == 0
+
+
+def test_checkpoint_in_memory(row):
+    """Loading its own live state dict, as an in-place resume does, forgets nothing."""
+    model = seeded()
+    optimizer = row.make(model)
+    train(model, optimizer, 3)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    after = optimizer.state_dict()
+    for key, entry in before["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][key][name]))
+    train(model, optimizer, 6, 3)
+    assert optimizer.switched_at == STEP
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.switched_at == STEP
+    train(model, optimizer, 1, 9)
+
+
+def test_second_wrapper_after_the_switch(row):
+    """It takes the model over, with a warning, and the first no longer touches the state."""
+    model = seeded()
+    first = row.make(model)
+    train(model, first, 9)
+    with pytest.warns(UserWarning, match="takes over"):
+        second = row.over(model, first.base)
+    train(model, second, 2)
+    first.state_dict()
+    assert any(key.startswith(PREFIX) for entry in second.state.values() for key in entry)
+
+
+def test_totals_survive_the_switch(row):
+    """Refused updates are counted from construction on, by whoever holds them."""
+    model = seeded()
+    optimizer = row.make(model)
+    train(model, optimizer, 2)
+    backward(model, 0)
+    model.conv.weight.grad.fill_(float("nan"))
+    for p in model.parameters():
+        p.data.copy_(p.data)
+    optimizer.step()
+    for p, q in zip(model.parameters(), seeded().parameters(), strict=True):
+        p.data.copy_(q.data)
+    refused = optimizer.diagnostics()["mkor/refused_updates"]
+    assert refused > 0
+    while optimizer.switched_at is None:
+        optimizer.report_loss(1.0 / (1 + optimizer.diagnostics()["mkor/steps"]))
+        optimizer.step()
+    assert optimizer.diagnostics()["mkor/refused_updates"] == refused

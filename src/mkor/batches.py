@@ -130,10 +130,12 @@ class Batch:
         if all(self.skipped):
             return
         accept = self.seen & ~refuse
-        self.curvature.update(self.state, self._statistics(accept, scale, number))
+        self.curvature.update(self.state, self._statistics(accept, refuse, scale, number))
         self.refused[0] += self.seen & refuse
 
-    def _statistics(self, accept: Tensor, scale: float | Tensor, number: int) -> Statistics:
+    def _statistics(
+        self, accept: Tensor, refuse: Tensor, scale: float | Tensor, number: int
+    ) -> Statistics:
         counts = self.meta[:, META:]
         rows = counts.clamp(min=1).unsqueeze(-1)
         used = counts.sum(1).clamp(min=1)
@@ -154,7 +156,7 @@ class Batch:
                 second = self.a[:, k:] / used.view(-1, 1, 1)
                 bias = self.shape.bias
                 covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
-        return Statistics(vectors, mean_square, counts > 0, accept, number, covariance)
+        return Statistics(vectors, mean_square, counts > 0, accept, number, refuse, covariance)
 
     def precondition(self, due: bool, rescale: str | None, compare: bool = False) -> None:
         """Replace the layers' gradients by ``L^-1 M R^-1``, rescaled, in place.

@@ -121,12 +121,18 @@ class Entries:
             if not present:
                 del state[parameter]
 
-    def check(self, saved: Mapping[Tensor, Mapping[str, Any]], names: dict[Tensor, str]) -> None:
+    def check(
+        self,
+        saved: Mapping[Tensor, Mapping[str, Any]],
+        names: dict[Tensor, str],
+        whole: bool = True,
+    ) -> None:
         """Compare a checkpoint with this optimizer before anything is changed.
 
         Args:
             saved: The wrapper's part of a checkpoint, by parameter.
             names: Of parameters, for messages.
+            whole: Whether every factor must be there.
 
         Raises:
             ValueError: The checkpoint was written with other settings or for another model.
@@ -134,13 +140,13 @@ class Entries:
         for parameter, entry in self.by_parameter.items():
             other = saved.get(parameter, {})
             name = names.get(parameter, "a parameter")
-            if set(entry) != set(other):
+            if whole and set(entry) != set(other):
                 raise ValueError(
                     f"the checkpoint has other factors for {name}: it holds {sorted(other)}, "
                     f"this optimizer {sorted(entry)}; build the optimizer with the settings "
                     "(sides, skip, hybrid, kind of curvature) that wrote it"
                 )
-            for key in entry:
+            for key in entry.keys() & other.keys():
                 if entry[key].shape != other[key].shape:
                     raise ValueError(
                         f"the checkpoint's {key} of {name} has shape {tuple(other[key].shape)}, "

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
+from torch import Tensor
 
 from mkor.batches import Batch
 
 __all__ = ["gather"]
 
 
-def gather(batches: Iterable[Batch], counters: Mapping[str, int]) -> dict[str, float]:
+def gather(
+    batches: Iterable[Batch], counters: Mapping[str, int], refused: Tensor
+) -> dict[str, float]:
     """Figures of all layers and their totals; synchronises the device.
 
     Args:
         batches: The preconditioned layers.
         counters: The optimizer's own, by name.
+        refused: ``[2]`` on the CPU, refused updates and raw gradients of layers given up since.
 
     Returns:
         ``layer/figure`` for every layer, and ``mkor/...`` for totals.
     """
     figures: dict[str, float] = {}
-    refused = torch.zeros(2, dtype=torch.int64)
     layers: list[dict[str, float]] = []
     for batch in batches:
-        refused += batch.refused.sum(1).cpu()
+        refused = refused + batch.refused.sum(1).cpu()
         for name, numbers in batch.figures().items():
             layers.append(numbers)
             figures |= {f"{name}/{key}": value for key, value in numbers.items()}

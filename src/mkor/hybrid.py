@@ -31,12 +31,13 @@ class LossRateSwitch:
     Every ``every`` steps, the mean of the losses reported since enters two averages, each with a
     horizon that is a share of the looks so far: ``smoothing`` and twice that. Their difference over
     that of their mean ages is the rate. The switch is made when the rate has stayed below
-    ``fraction`` of its best for a share ``patience`` of the steps so far.
+    ``fraction`` of its best for a share ``patience`` of the looks so far. A loss that never falls
+    after the warm-up has no best rate to compare with, and never switches.
 
     Attributes:
         fraction: Of the best rate, in (0, 1).
-        smoothing: Share of the steps so far over which the loss is averaged, in (0, 1).
-        patience: Share of the steps so far for which the rate must stay low, in [0, 1).
+        smoothing: Share of the looks so far over which the loss is averaged, in (0, 1).
+        patience: Share of the looks so far for which the rate must stay low, in [0, 1).
         warmup: Steps before which no switch is made and no rate counts as the best.
         every: Steps between looks, each of which synchronises the device once.
 
@@ -89,11 +90,12 @@ class LossRate:
     best: float = 0.0
     low_since: float = 0.0
 
-    def after(self, loss: float, settings: LossRateSwitch) -> LossRate:
+    def after(self, loss: float, step: int, settings: LossRateSwitch) -> LossRate:
         """Take one mean loss in.
 
         Args:
             loss: Mean of the losses since the last look.
+            step: Steps taken.
             settings: The rule's.
 
         Returns:
@@ -103,7 +105,7 @@ class LossRate:
         horizon = max(1.0, settings.smoothing * n)
         fast, fast_age = _average(self.fast, self.fast_age, loss, n, horizon)
         slow, slow_age = _average(self.slow, self.slow_age, loss, n, 2 * horizon)
-        if n == 1 or n * settings.every <= settings.warmup:
+        if n == 1 or step <= settings.warmup:
             return LossRate(n, fast, slow, fast_age, slow_age)
         rate = (slow - fast) / (slow_age - fast_age)
         best = max(self.best, rate)
@@ -143,9 +145,10 @@ class Switch:
         # Sum and number of the losses since the last look.
         self._losses = torch.zeros(2, device=device)
         # The fields of LossRate, and the step of the switch or -1.
-        self._record = torch.zeros(len(astuple(LossRate())) + 1, dtype=torch.float64, device="cpu")
-        self._record[-1] = -1.0
+        fields = [*astuple(LossRate()), -1.0]
+        self._record = torch.tensor(fields, dtype=torch.float64, device="cpu")
         self._silent = 0
+        self._warned = False
 
     @property
     def entries(self) -> dict[str, Tensor]:
@@ -159,10 +162,11 @@ class Switch:
         return None if step < 0 else step
 
     def reset(self) -> None:
-        """Begin anew, as at construction."""
-        self._losses.zero_()
-        self._record.zero_()
-        self._record[-1] = -1.0
+        """Begin anew, as at construction; in new tensors, since checkpoints may hold the old."""
+        self._losses = torch.zeros_like(self._losses)
+        fields = [*astuple(LossRate()), -1.0]
+        self._record = torch.tensor(fields, dtype=torch.float64, device="cpu")
+        self._silent = 0
 
     def ended_in(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether a checkpoint was written after the switch.
@@ -213,20 +217,20 @@ class Switch:
         if not count:
             self._notice_silence()
             return False
-        self._silent = -1
-        rate = LossRate(*self._record[:-1].tolist()).after(total / count, self.settings)
+        self._silent = 0
+        rate = LossRate(*self._record[:-1].tolist()).after(total / count, step, self.settings)
         ended = rate.ended(self.settings)
         fields = [*astuple(rate), float(step) if ended else -1.0]
         self._record.copy_(torch.tensor(fields, dtype=torch.float64, device="cpu"))
         return ended
 
     def _notice_silence(self) -> None:
-        if self._silent < 0:
-            return
         self._silent += 1
-        if self._silent == SILENCE:
+        if self._silent >= SILENCE and not self._warned:
+            self._warned = True
             warnings.warn(
-                f"hybrid= is on, but {SILENCE * self.settings.every} steps brought no loss: pass a "
-                "closure to step(), or call optimizer.report_loss(loss) after each backward pass",
-                stacklevel=7,
+                f"hybrid= is on, but {SILENCE * self.settings.every} steps brought no finite loss: "
+                "pass a closure to step(), or call optimizer.report_loss(loss) after each backward "
+                "pass",
+                stacklevel=8,
             )

@@ -296,7 +296,13 @@ def damped_inverse(S: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     K, failed = torch.linalg.cholesky_ex(S + damping[:, None, None] * eye)
     good = (failed == 0) & K.diagonal(dim1=1, dim2=2).sum(1).isfinite()
     # cholesky_inverse raises where a factor is singular.
-    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], K, eye))
+    K = torch.where(good[:, None, None], K, eye)
+    if S.is_cuda:
+        # Twice the operations, but cholesky_inverse waits for the device to check for errors.
+        root = torch.linalg.solve_triangular(K, eye, upper=False)
+        inverse = root.mT @ root
+    else:
+        inverse = torch.cholesky_inverse(K)
     return inverse, good & inverse.sum((1, 2)).isfinite()
 
 

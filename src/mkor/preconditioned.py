@@ -19,7 +19,7 @@ from mkor.hybrid import LossRateSwitch
 from mkor.preconditioner import Options, Preconditioner
 from mkor.profiling import span
 from mkor.selection import Skip
-from mkor.validation import check_base, check_curvature, check_model, check_options
+from mkor.validation import check_base, check_curvature, check_model, check_options, check_rates
 
 __all__ = ["Preconditioned", "WrapperOptions"]
 
@@ -97,6 +97,8 @@ class Preconditioned(Optimizer):
             skip_output=skip_output,
             hybrid=hybrid,
         )
+        if kl_clip is not None:
+            check_rates(optimizer.param_groups)
         self._constructed = False
         super().__init__(list(checkpoint.all_parameters(optimizer.param_groups)), {})
         self.base = optimizer
@@ -145,11 +147,12 @@ class Preconditioned(Optimizer):
         """
         if not self._constructed:
             return
+        if self._preconditioner.options.kl_clip is not None:
+            check_rates([{**self.base.defaults, **param_group}])
         self.base.add_param_group(param_group)
         if self._preconditioner.active:
             self._preconditioner.notice_new_parameters()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Precondition the gradients in place and step the base.
 
@@ -163,11 +166,15 @@ class Preconditioned(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._preconditioner.active:
+            self._step(loss)
+        elif self._closed or self._may_step():
+            self.base.step()
+        return loss
+
+    @torch.no_grad()
+    def _step(self, loss: Any) -> None:
         engine = self._preconditioner
-        if not engine.active:
-            if self._closed or self._may_step():
-                self.base.step()
-            return loss
         if engine.switch is not None and loss is not None:
             engine.switch.report(loss)
         engine.precondition(self.loss_scale)
@@ -175,7 +182,6 @@ class Preconditioned(Optimizer):
             if self._may_step():
                 self.base.step()
         engine.finish_step()
-        return loss
 
     def _may_step(self) -> bool:
         if self.nonfinite == "propagate":

@@ -88,6 +88,8 @@ class Preconditioner:
         device = next(checkpoint.all_parameters(base.param_groups)).device
         self.switch = None if options.hybrid is None else Switch(options.hybrid, device)
         self._published = False
+        # Refused updates and raw gradients of layers that were given back to the base.
+        self._refused = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._watch, self._entries = self._build()
         self._begin()
         # Distributed checkpoints take a state that is not empty for complete.
@@ -188,7 +190,7 @@ class Preconditioner:
         counters = {"steps": self.steps, "updates": self.updates, "skipped_steps": skipped_steps}
         if self.switch is not None:
             counters["switched"] = int(self.switched_at is not None)
-        return gather(self._watch.batches, counters)
+        return gather(self._watch.batches, counters, self._refused)
 
     @property
     def switched_at(self) -> int | None:
@@ -219,10 +221,11 @@ class Preconditioner:
                 "(flattened checkpoints must be loaded into an optimizer that has not switched)",
                 stacklevel=4,
             )
-        if own and not ended:
-            self._entries.check(own, names)
+        if own:
+            self._entries.check(own, names, whole=not ended)
         if not self.active:
             self.active = True
+            self._watch.close()
             self._watch, self._entries = self._build()
         for batch in self._watch.batches:
             batch.reset()
@@ -285,7 +288,8 @@ class Preconditioner:
         for batch in batches:
             batch.release()
         self._entries = self._entries_of(batches)
-        self._watch.close()
+        self._refused = sum((b.refused.sum(1).cpu() for b in batches), self._refused)
+        self._watch.close(claim=True)
 
     def _build(self) -> tuple[Watch, checkpoint.Entries]:
         watch = Watch(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from mkor.curvature.contract import Curvature
 from mkor.hybrid import LossRateSwitch
 
-__all__ = ["check_base", "check_curvature", "check_model", "check_options"]
+__all__ = ["check_base", "check_curvature", "check_model", "check_options", "check_rates"]
 
 
 def check_model(model: object) -> None:
@@ -91,7 +93,7 @@ def check_curvature(curvature: object) -> None:
     Raises:
         TypeError: It has not.
     """
-    needed = ("init", "update", "prepare", "apply", "covariance")
+    needed = [name for name in vars(Curvature) if not name.startswith("_")]
     missing = [name for name in needed if not hasattr(curvature, name)]
     if missing or isinstance(curvature, type):
         raise TypeError(
@@ -143,6 +145,22 @@ def check_options(
     _check_kl_clip(kl_clip, rescale)
     if hybrid is not None and not isinstance(hybrid, LossRateSwitch):
         raise TypeError(f"hybrid must be a mkor.LossRateSwitch(...) or None, got {hybrid!r}")
+
+
+def check_rates(groups: Iterable[Mapping[str, object]]) -> None:
+    """``kl_clip`` needs to know how long a step is.
+
+    Args:
+        groups: Parameter groups of the base.
+
+    Raises:
+        ValueError: One has no learning rate.
+    """
+    if any("lr" not in group for group in groups):
+        raise ValueError(
+            "kl_clip needs the learning rate 'lr' of every parameter group, which this base does "
+            "not have: pass kl_clip=None and, for instance, rescale='running'"
+        )
 
 
 def _check_kl_clip(kl_clip: object, rescale: object) -> None:

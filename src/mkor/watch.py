@@ -173,9 +173,13 @@ class Watch:
         self._end_search()
         self._install()
 
-    def close(self) -> None:
-        """Take the hooks off and free the factors."""
-        self._closed = True
+    def close(self, claim: bool = False) -> None:
+        """Take the hooks off and free the factors.
+
+        Args:
+            claim: Whether the layers still belong to the owner, who has switched to its base.
+        """
+        self._closed = not claim
         self._finalizer.detach()
         _release(self._handles, self.gate, None)
         self._end_search()

@@ -70,6 +70,7 @@ class Statistics:
         filled: ``[B, k]``, which slots hold a vector.
         accept: ``[B]``, which layers take the update; the others must stay bitwise as they are.
         update: Updates of the optimizer before this one.
+        refused: 0-dim bool: nothing of this step is to be learned from, in any layer.
         covariance: Per side ``[B, d, d]``: mean over all rows of ``g g^T`` and ``a a^T``, on the
             right with the ones of a bias as last row and column; empty unless it was asked for.
     """
@@ -79,6 +80,7 @@ class Statistics:
     filled: Tensor
     accept: Tensor
     update: int
+    refused: Tensor | None = None
     covariance: dict[str, Tensor] = field(default_factory=dict)
 
 

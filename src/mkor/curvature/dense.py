@@ -31,7 +31,8 @@ class Rule:
     inner: float
 
 
-_LOST = 1e-9
+LEAST = 1e-6
+"""A side's largest entry stays at or above this, or above what its dtype resolves well."""
 
 RULES = ("exact", "paper", "release")
 """Names of the rules; see :func:`rule_of`."""
@@ -69,8 +70,8 @@ class DenseInverse:
     d_in)`` operations.
 
     Where a side's vectors are small, as output gradients are, the printed rule only decays: its
-    inverse falls as ``gamma^t``. Once it shrinks a gradient a billionfold (in float16, 500-fold)
-    the layer's raw gradient passes, and ``diagnostics()`` counts it under ``raw_gradients``.
+    inverse would fall as ``gamma^t`` until it underflows. Its largest entry therefore stays at or
+    above a millionth (in float16, two thousandths): with rescaling, nothing but the range changes.
 
     Attributes:
         rule: ``"exact"``, ``"paper"`` or ``"release"``.
@@ -135,32 +136,35 @@ class DenseInverse:
             # A bias shows in the width: its inputs are ones.
             wide = vectors.shape[-1] != inverse.shape[-1]
             v = linalg.append_ones(vectors) if wide else vectors
+            v = v.to(torch.promote_types(v.dtype, inverse.dtype))
             v = torch.where(use.unsqueeze(-1), v / made.to(v.dtype).sqrt(), 0.0)
             H = inverse.to(v.dtype)
-            self._update_side(H, v, accept, use)
+            self._update_side(H, v, accept, use, _least(inverse.dtype))
             if H is not inverse:
                 inverse.copy_(H)
         state["updates"] += accept
 
-    def _update_side(self, H: Tensor, v: Tensor, accept: Tensor, use: Tensor) -> None:
+    def _update_side(self, H: Tensor, v: Tensor, accept: Tensor, use: Tensor, least: float) -> None:
         rule = rule_of(self.rule, self.momentum)
         sign = 1 if rule.gain > 0 else -1
         for place, one in enumerate(v.unbind(1)):
             if place == 0:
-                self._move(H, accept, rule.decay, rule.shift)
+                self._move(H, accept, rule.decay, rule.shift, least)
             elif self.epsilon is not None:
                 # The printed rule may double a side with each of its vectors.
-                self._move(H, use[:, place], 1.0, 0.0)
+                self._move(H, use[:, place], 1.0, 0.0, least)
             w = linalg.rank_one_term(H, one, rule.gain, rule.inner)
             H.addcmul_(w.unsqueeze(2), w.unsqueeze(1), value=sign)
 
-    def _move(self, H: Tensor, accept: Tensor, decay: float, shift: float) -> None:
+    def _move(self, H: Tensor, accept: Tensor, decay: float, shift: float, least: float) -> None:
         """``decay (keep H + (1-keep) I) + shift I``: stabilizer and decay in one pass."""
         keep = torch.ones_like(H[:, 0, 0])
+        largest = torch.linalg.vector_norm(H, float("inf"), dim=(1, 2))
         if self.epsilon is not None:
-            largest = torch.linalg.vector_norm(H, float("inf"), dim=(1, 2))
             keep = torch.where(largest > self.epsilon, self.zeta, keep)
-        scale = torch.where(accept, decay * keep, 1.0)
+        vanishing = (decay * largest < least) & (largest > 0)
+        scale = torch.where(vanishing, least / largest, decay * keep)
+        scale = torch.where(accept, scale, 1.0)
         added = torch.where(accept, decay * (1 - keep) + shift, 0.0)
         H.mul_(scale[:, None, None]).diagonal(dim1=1, dim2=2).add_(added.unsqueeze(1))
 
@@ -186,12 +190,9 @@ class DenseInverse:
             ok: ``[B]`` bool; other layers stay as they are.
 
         Returns:
-            ``ok`` less the layers whose product is not finite, or whose factor decayed to nothing.
+            ``ok`` less the layers whose product is not finite.
         """
-        limits = torch.finfo(next(iter(prepared.values())).dtype)
-        # Below this a factor has lost its digits, or its product those that rescaling needs.
-        floor = max(_LOST, float(limits.tiny / limits.eps**0.5))
-        return apply_inverses(prepared, W, b, ok, floor)
+        return apply_inverses(prepared, W, b, ok)
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """The stabilizer's norm and the trace of each side.
@@ -232,3 +233,8 @@ class DenseInverse:
             The number of floating-point operations.
         """
         return inverse_cost(shape)
+
+
+def _least(dtype: torch.dtype) -> float:
+    limits = torch.finfo(dtype)
+    return max(LEAST, float(limits.tiny / limits.eps**0.5))

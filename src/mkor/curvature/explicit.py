@@ -44,9 +44,7 @@ def inverse_cost(shape: BatchShape) -> int:
     return sum(2 * shape.full_width(side) * entries for side in shape.sides)
 
 
-def apply_inverses(
-    inverses: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor, floor: float = 0.0
-) -> Tensor:
+def apply_inverses(inverses: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
     """``L^-1 [W b] R^-1`` in place.
 
     Args:
@@ -54,18 +52,13 @@ def apply_inverses(
         W: ``[B, d_out, d_in]``, the weight's gradient.
         b: ``[B, d_out]``, the bias's gradient, or None.
         ok: ``[B]`` bool; other layers stay as they are.
-        floor: How much one side may shrink the gradient's largest entry.
 
     Returns:
-        ``ok`` less the layers whose product is not finite, or below the floor; these stay as they
-        are too.
+        ``ok`` less the layers whose product is not finite; these stay as they are too.
     """
     P, p = W, b
-    largest = linalg.largest_entry(W, b)
     for side, H in inverses.items():
         P, p = _multiply(side, H, P, p)
-        before, largest = largest, linalg.largest_entry(P, p)
-        ok = ok & (largest >= floor * before)
     ok = ok & P.sum((1, 2)).isfinite()
     if b is not None and p is not None:
         ok = ok & p.sum(1).isfinite()
@@ -75,9 +68,7 @@ def apply_inverses(
 
 
 def _multiply(side: str, H: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if H.dtype not in _HALF:
-        return _MULTIPLY[side](H.to(W.dtype), W, b)
-    if not _multiplies(H.dtype, H.device.type):
+    if H.dtype not in _HALF or not _multiplies(H.dtype, H.device.type):
         return _MULTIPLY[side](H.to(W.dtype), W, b)
     scale = _scale(W, b)
     low = [None if x is None else (x / _like(scale, x)).to(H.dtype) for x in (W, b)]

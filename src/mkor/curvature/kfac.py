@@ -32,8 +32,9 @@ class Covariance:
     ``pi^2 = (tr A / d_A) / (tr G / d_G)``.
 
     State, per side: ``covariance [B, d, d]`` (not bias-corrected) and ``inverse [B, d, d]``; for
-    both: ``updates [B]`` and ``damping_factor [B]``, what failed factorisations made of the
-    damping. While a factorisation fails, the last good inverse stays in use.
+    both: ``updates [B]``, ``damping_factor [B]``, what failed factorisations made of the damping,
+    and ``inverted [B]``, whether there is an inverse yet. While a factorisation fails, the last
+    good inverse stays in use; a layer without any keeps its raw gradient.
 
     Attributes:
         momentum: ``gamma``, in (0, 1).
@@ -78,6 +79,7 @@ class Covariance:
         state = {
             "updates": torch.zeros(shape.layers, dtype=torch.int64, device=shape.device),
             "damping_factor": torch.ones(shape.layers, dtype=shape.dtype, device=shape.device),
+            "inverted": torch.zeros(shape.layers, dtype=torch.bool, device=shape.device),
         }
         for side in shape.sides:
             state[f"{side}_inverse"] = identities(shape, side, shape.dtype)
@@ -88,7 +90,7 @@ class Covariance:
         """Average the covariances, and invert them where it is time.
 
         Args:
-            state: Changed in place; layers that do not accept stay as they are.
+            state: Changed in place; the averages of layers that do not accept stay as they are.
             statistics: Of this update.
         """
         accept = statistics.accept
@@ -99,9 +101,12 @@ class Covariance:
             average.lerp_(torch.where(use, new, 0.0), weight)
         state["updates"] += accept
         if statistics.update % self.inverse_every == 0:
-            self._invert(state, accept)
+            # Layers without data in just this step have older averages, but good ones.
+            known = state["updates"] > 0
+            refused = statistics.refused
+            self._invert(state, known if refused is None else known & ~refused)
 
-    def _invert(self, state: dict[str, Tensor], accept: Tensor) -> None:
+    def _invert(self, state: dict[str, Tensor], where: Tensor) -> None:
         factor = state["damping_factor"]
         steps = linalg.bias_correction(state["updates"], self.momentum, factor.dtype)
         sides = [side for side in SIDES if f"{side}_covariance" in state]
@@ -113,9 +118,10 @@ class Covariance:
         good = torch.stack([well for _, well in found.values()]).all(0)
         for side, (inverse, _) in found.items():
             old = state[f"{side}_inverse"]
-            old.copy_(torch.where((accept & good)[:, None, None], inverse, old))
+            old.copy_(torch.where((where & good)[:, None, None], inverse, old))
         changed = torch.where(good, (factor / 2).clamp(min=1.0), (factor * GROWTH).clamp(max=MOST))
-        factor.copy_(torch.where(accept, changed, factor))
+        factor.copy_(torch.where(where, changed, factor))
+        state["inverted"] |= where & good
 
     def _dampings(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
         scale = {side: S.diagonal(dim1=1, dim2=2).mean(1) for side, S in averages.items()}
@@ -134,9 +140,10 @@ class Covariance:
             shape: Of the batch of layers.
 
         Returns:
-            By side, ``[B, d, d]``.
+            By side, ``[B, d, d]``; and ``inverted [B]``.
         """
-        return {side: state[f"{side}_inverse"] for side in shape.sides}
+        inverses = {side: state[f"{side}_inverse"] for side in shape.sides}
+        return {**inverses, "inverted": state["inverted"]}
 
     def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
         """``(G + lambda I)^-1 [W b] (A + lambda I)^-1`` in place.
@@ -148,9 +155,10 @@ class Covariance:
             ok: ``[B]`` bool; other layers stay as they are.
 
         Returns:
-            ``ok`` less the layers whose product is not finite.
+            ``ok`` less the layers without an inverse, or whose product is not finite.
         """
-        return apply_inverses(prepared, W, b, ok)
+        inverses = {side: prepared[side] for side in SIDES if side in prepared}
+        return apply_inverses(inverses, W, b, ok & prepared["inverted"])
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Mean eigenvalue of each covariance, and what failures made of the damping.
