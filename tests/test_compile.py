@@ -270,3 +270,29 @@ def test_compiler_with_two_searches():
     train(one, first, 1)
     second.close()
     assert compiles()
+
+
+def test_model_without_hooks_does_not_end_captures():
+    """Another compiled model of the same class, trained in between, shares no code with it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh())
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+
+    one, two = Net(), Net()
+    optimizer = MKOR(one, torch.optim.SGD(one.parameters(), lr=0.01))
+    compiled, plain = (torch.compile(model, backend="aot_eager") for model in (one, two))
+    train(compiled, optimizer, 12)
+    train(plain, torch.optim.SGD(two.parameters(), lr=0.01), 3)
+    train(compiled, optimizer, 5)
+    assert optimizer.state[one.a.weight]["mkor_updates"] == 17

@@ -66,6 +66,8 @@ class Batch:
         self.finite = torch.ones_like(self.seen)
         # Whether any layer was preconditioned in this step, and which.
         self.touched = False
+        # Which layers had data in the last update.
+        self.fed = torch.ones_like(self.seen)
         self.done = torch.zeros_like(self.seen)
         # Rows: norm of the raw and of the preconditioned gradient, their inner product.
         self.last = torch.zeros(3, B, dtype=shape.dtype, device=shape.device)
@@ -129,6 +131,7 @@ class Batch:
         """
         if all(self.skipped):
             return
+        self.fed = self.seen
         accept = self.seen & ~refuse
         self.curvature.update(self.state, self._statistics(accept, refuse, scale, number))
         self.refused[0] += self.seen & refuse

@@ -138,6 +138,8 @@ def _covered(name: str, parameter: Tensor, batch: Batch, i: int, searching: bool
     note = "unless it proves to be the output layer" if searching else ""
     if not searching and int(batch.state["updates"][i]) == 0:
         note = "no data seen so far"
+    elif not searching and not batch.fed[i]:
+        note = "no data in the last update"
     rank = batch.curvature.kept(batch.shape)
     if parameter is not layer.weight:
         return CoverageRow(name, shape, True, note, rank)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from mkor.batches import Batch, allocate
@@ -79,6 +80,8 @@ class Watch:
         elif skip_output:
             gate.search = OutputSearch()
             self._eager = EagerUntilFound()
+        # Else compiled code is shared with models of the same class that have no hooks.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self._install()
         self._finalizer = weakref.finalize(self, _release, self._handles, gate, self._eager)
 
@@ -122,8 +125,8 @@ class Watch:
             return
         raise RuntimeError(
             f"{PATIENCE} steps had gradients but not one layer's hook ran: wrap the optimizer "
-            "before the first call of a compiled model (or call torch.compiler.reset() and compile "
-            "again), and do not remove the model's forward hooks"
+            "before the first call of a compiled model, or of another of its class (or call "
+            "torch.compiler.reset() and compile again), and do not remove the model's forward hooks"
         )
 
     def decide_outputs(self) -> bool:
