@@ -343,10 +343,11 @@ def test_no_warning_while_losses_come():
         optimizer.report_loss(1.0)
         for _ in range(20):
             optimizer.step()
-    with pytest.warns(UserWarning, match="no finite loss") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for _ in range(100):
             optimizer.step()
-    assert len(caught) == 1
+    assert ["no finite loss" in str(warning.message) for warning in caught] == [True]
 
 
 def test_nothing_synchronises_between_looks(monkeypatch):

@@ -6,7 +6,7 @@ tensor of their state besides. All are views into the batches' buffers, so loadi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import chain
 from typing import Any
 
@@ -29,6 +29,11 @@ __all__ = [
 PREFIX = "mkor_"
 VERSION = 1
 _FIELDS = ("version", "steps", "updates", "passes")
+_ANEW = f"remove its entries that begin with {PREFIX} to start the factors anew"
+_NOT_THE_BASES = frozenset(
+    ("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "param_names")
+)
+"""Options that schedulers, and named parameters, add to a group."""
 
 
 def counters() -> Tensor:
@@ -50,12 +55,16 @@ def read_counters(saved: Mapping[Tensor, Mapping[str, Any]]) -> tuple[int, int, 
         Steps, updates and micro-batches a step; those of a new optimizer if there is no entry.
 
     Raises:
-        ValueError: The checkpoint comes from a newer version.
+        ValueError: The checkpoint comes from a newer version, or is damaged.
     """
     found = next((entry.get(PREFIX + "counters") for entry in saved.values()), counters())
-    if found is None or found.numel() != len(_FIELDS):
-        raise ValueError(f"the checkpoint's entries lack a valid {PREFIX}counters")
-    version, steps, updates, passes = (int(value) for value in found.tolist())
+    numbers = found.tolist() if isinstance(found, Tensor) and found.numel() == len(_FIELDS) else [0]
+    if numbers[0] < 1:
+        raise ValueError(
+            f"the checkpoint's entries lack a valid {PREFIX}counters, so it is damaged: load "
+            f"another one, or {_ANEW}"
+        )
+    version, steps, updates, passes = (int(value) for value in numbers)
     if version > VERSION:
         raise ValueError(
             f"the checkpoint has format {version}, this version of mkor reads up to {VERSION}: "
@@ -142,16 +151,20 @@ class Entries:
             name = names.get(parameter, "a parameter")
             if whole and set(entry) != set(other):
                 raise ValueError(
-                    f"the checkpoint has other factors for {name}: it holds {sorted(other)}, "
-                    f"this optimizer {sorted(entry)}; build the optimizer with the settings "
-                    "(sides, skip, hybrid, kind of curvature) that wrote it"
+                    f"the checkpoint has other factors for {name}: it lacks "
+                    f"{_listed(entry.keys() - other.keys())} and has "
+                    f"{_listed(other.keys() - entry.keys())} besides; build the optimizer with the "
+                    "settings (sides, skip, hybrid, kind of curvature, frozen layers) that wrote "
+                    f"it, or {_ANEW}"
                 )
-            for key in entry.keys() & other.keys():
-                if entry[key].shape != other[key].shape:
+            for key in sorted(entry.keys() & other.keys()):
+                shape = getattr(other[key], "shape", None)
+                if entry[key].shape != shape:
+                    found = "no tensor" if shape is None else f"of shape {tuple(shape)}"
                     raise ValueError(
-                        f"the checkpoint's {key} of {name} has shape {tuple(other[key].shape)}, "
-                        f"this optimizer's {tuple(entry[key].shape)}: build it with the rank and "
-                        "for the model that wrote it"
+                        f"the checkpoint's {key} of {name} is {found}, this optimizer's of shape "
+                        f"{tuple(entry[key].shape)}: build it with the rank and for the model that "
+                        f"wrote it, or {_ANEW}"
                     )
 
     def copy_from(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -181,8 +194,13 @@ def split(
         The base's state dict, and the wrapper's entries by parameter.
 
     Raises:
-        ValueError: The groups differ in size.
+        ValueError: It is no optimizer's, the groups differ in size, or it is another base's.
     """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"this is no optimizer's checkpoint, it holds {', '.join(map(str, state_dict))[:200]}: "
+            "pass what optimizer.state_dict() returned"
+        )
     saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     sizes = [len(group["params"]) for group in groups]
     if saved_sizes != sizes:
@@ -190,6 +208,8 @@ def split(
             f"the checkpoint has parameter groups of {saved_sizes} parameters, this optimizer of "
             f"{sizes}: build it on the same model, with the same groups"
         )
+    for saved_group, group in zip(state_dict["param_groups"], groups, strict=True):
+        _check_options(saved_group.keys() - _NOT_THE_BASES, group.keys() - _NOT_THE_BASES)
     saved_keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in groups)
     owner = dict(zip(saved_keys, parameters, strict=True))
@@ -206,6 +226,21 @@ def split(
         if mine and key in owner:
             own[owner[key]] = mine
     return {**state_dict, "state": base_state}, own
+
+
+def _check_options(saved: Set[str], known: Set[str]) -> None:
+    """Versions of torch add options; only another optimizer has some more and some less."""
+    if saved - known and known - saved:
+        raise ValueError(
+            f"the checkpoint was written over another base: its groups have "
+            f"{_listed(saved - known)} where this base has {_listed(known - saved)}; wrap the base "
+            "that wrote it, or pass this base's param_groups (optimizer.state_dict() has them) "
+            f"with the entries that begin with {PREFIX} alone, to go on with the factors"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def _is_own(key: object) -> bool:

@@ -98,6 +98,20 @@ class Combined(Optimizer):
             optimizer.step()
         return loss
 
+    def train(self) -> None:
+        """Put schedule-free parts into their training mode."""
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Put schedule-free parts into their evaluation mode."""
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        for optimizer in self.optimizers:
+            change = getattr(optimizer, mode, None)
+            if change is not None:
+                change()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of the same parts in the same order.
 

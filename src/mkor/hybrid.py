@@ -48,7 +48,7 @@ class LossRateSwitch:
 
     fraction: float = 0.25
     smoothing: float = 0.1
-    patience: float = 0.2
+    patience: float = 0.3
     warmup: int = 50
     every: int = 10
 

@@ -108,7 +108,7 @@ class Preconditioned(Optimizer):
         self.curvature = curvature
         self.update_every = update_every
         self.nonfinite = nonfinite
-        self.loss_scale: float | Tensor = 1.0
+        self.hybrid = hybrid
         self._skipped_steps = 0
         self._closed = False
         modules = skip if isinstance(skip, str | nn.Module | type) else tuple(skip)
@@ -177,7 +177,8 @@ class Preconditioned(Optimizer):
         engine = self._preconditioner
         if engine.switch is not None and loss is not None:
             engine.switch.report(loss)
-        engine.precondition(self.loss_scale)
+        with engine.full_precision():
+            engine.precondition()
         with engine.withdrawn(), span("mkor.base_step"):
             if self._may_step():
                 self.base.step()
@@ -199,6 +200,19 @@ class Preconditioned(Optimizer):
         self.base.zero_grad(set_to_none)
         if self._preconditioner.active:
             self._preconditioner.forget()
+
+    def train(self) -> None:
+        """Put a schedule-free base into its training mode; another base has no modes."""
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Put a schedule-free base into its evaluation mode; another base has no modes."""
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        change = getattr(self.base, mode, None)
+        if change is not None:
+            change()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state and the factors, in torch's format.
@@ -246,6 +260,19 @@ class Preconditioned(Optimizer):
         self.__getstate__()
 
     # ------------------------------------------------------------------------------ its own part
+
+    @property
+    def loss_scale(self) -> float | Tensor:
+        """What the loss is multiplied with before the backward pass; 1 without a gradient scaler.
+
+        Set it to ``scaler.get_scale()`` in every step. A constant scale cancels in the window, and
+        in all of MKOR with it; the other curvatures have to be told.
+        """
+        return self._preconditioner.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float | Tensor) -> None:
+        self._preconditioner.loss_scale = scale
 
     def close(self) -> None:
         """Take the hooks off and free the factors; the base is an ordinary optimizer again."""

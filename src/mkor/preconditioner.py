@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class Preconditioner:
     Attributes:
         options: The wrapper's keywords.
         gate: Shared by the hooks.
+        loss_scale: What the loss was multiplied with in the backward passes.
         active: False once closed or switched: a step is then the base's alone.
         steps: Steps preconditioned.
         updates: Updates of the factors.
@@ -78,6 +79,7 @@ class Preconditioner:
             right=options.sides != "left",
             covariance=curvature.covariance,
         )
+        self.loss_scale: float | Tensor = 1.0
         self.steps = self.updates = 0
         self._passes = 1
         self._model, self._base, self._curvature = model, base, curvature
@@ -98,12 +100,20 @@ class Preconditioner:
 
     # ------------------------------------------------------------------------------------ phases
 
-    def precondition(self, loss_scale: float | Tensor) -> None:
-        """Learn from the passes since the last step, and precondition their gradients.
+    def full_precision(self) -> ExitStack:
+        """Autocast off, for the engine's own products, in a step taken inside it.
 
-        Args:
-            loss_scale: What the loss was multiplied with in the backward passes.
+        Returns:
+            A context manager.
         """
+        stack = ExitStack()
+        for kind in {batch.shape.device.type for batch in self._watch.batches}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+
+    def precondition(self) -> None:
+        """Learn from the passes since the last step, and precondition their gradients."""
         self.notice_new_parameters()
         watch, options = self._watch, self.options
         if watch.decide_outputs():
@@ -114,7 +124,7 @@ class Preconditioner:
             with span("mkor.reduce"):
                 self._communicator.sum(watch.buffers)
         with span("mkor.update"):
-            self._update(due, loss_scale)
+            self._update(due)
         with span("mkor.precondition"):
             for batch in watch.batches:
                 batch.precondition(due, options.rescale, options.kl_clip is not None)
@@ -142,13 +152,13 @@ class Preconditioner:
         if len(set(checkpoint.all_parameters(self._base.param_groups))) != len(self._entries):
             self._rebuild()
 
-    def _update(self, due: bool, loss_scale: float | Tensor) -> None:
+    def _update(self, due: bool) -> None:
         batches = self._watch.batches
         bad = [batch.measure() for batch in batches]
         if not (due and bad):
             return
         refuse = torch.stack([flag.to(bad[0].device) for flag in bad]).any()
-        scale = 1.0 / (loss_scale * self._communicator.world_size)
+        scale = 1.0 / (self.loss_scale * self._communicator.world_size)
         for batch in batches:
             batch.update(refuse.to(batch.shape.device), scale, self.updates)
 

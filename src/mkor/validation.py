@@ -16,6 +16,9 @@ from mkor.hybrid import LossRateSwitch
 __all__ = ["check_base", "check_curvature", "check_model", "check_options", "check_rates"]
 
 
+_STAND_INS = {"AcceleratedOptimizer", "LightningOptimizer"}
+
+
 def check_model(model: object) -> None:
     """Refuse what cannot be watched.
 
@@ -70,6 +73,11 @@ def check_base(model: nn.Module, optimizer: object, wrapper: type[Optimizer]) ->
         )
     if isinstance(optimizer, wrapper):
         raise TypeError(f"optimizer is already a {type(optimizer).__name__}: pass its .base")
+    if any(kind.__name__ in _STAND_INS for kind in type(optimizer).__mro__):
+        raise TypeError(
+            f"optimizer is a framework's {type(optimizer).__name__}, which may skip steps behind "
+            "the wrapper's back: wrap your own optimizer first, then prepare the result"
+        )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .wrappers import departures
+
 Record = Mapping[str, Any]
 
 # From here on a loss is written with an exponent.
@@ -35,7 +37,8 @@ def conditions(command: str) -> str:
         f"`{command}`\n\n"
         "All contestants of a race begin with the same weights, see the same batches and take "
         "their steps in turn. Each tries the same number of learning rates, a factor of two apart, "
-        f"on a seed that is not reported. Schedules run to their end.\n\n{LEGEND}"
+        "on a seed that is not reported. Schedules run to their end. Options are the library's "
+        f"defaults but for those that a label names, and for these: {departures()}.\n\n{LEGEND}"
     )
 
 

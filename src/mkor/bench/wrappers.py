@@ -142,13 +142,16 @@ class Wrapper:
 
         Args:
             base: Its name.
-            options: What the user gives; `rescale` and `kl_clip` exclude each other, so one that is
-                given takes the other's place.
+            options: What the user gives. `rescale` and `kl_clip` exclude each other, so one that is
+                given takes the other's place; who chooses between them gets none of what differs
+                over this base.
 
         Returns:
             Each with its value.
         """
-        chosen = {**self.defaults, **self.over.get(base, {})}
+        chosen = dict(self.defaults)
+        if not options.keys() & {"rescale", "kl_clip"}:
+            chosen |= self.over.get(base, {})
         for given, other in (("rescale", "kl_clip"), ("kl_clip", "rescale")):
             if options.get(given) is not None and other not in options:
                 chosen[other] = None
@@ -166,6 +169,23 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "eva": Wrapper("Eva", {"kl_clip": None, "rescale": "step"}),
     "rescale": Wrapper("MKOR", make=only_rescaled),
 }
+
+
+def departures() -> str:
+    """What the bench gives wrappers beside their own defaults, unless told otherwise.
+
+    Returns:
+        Such as "`eva`: `rescale=step`; `kfac` over `sgd`: `damping=0.03`".
+    """
+    texts = []
+    for name, row in WRAPPERS.items():
+        for place, options in (
+            ("", row.defaults),
+            *((f" over `{b}`", o) for b, o in row.over.items()),
+        ):
+            listed = ", ".join(f"`{key}={value}`" for key, value in options.items())
+            texts += [f"`{name}`{place}: {listed}"] if listed else []
+    return "; ".join(texts)
 
 
 def wrapper_defaults(part: Part, base: str = "") -> Keywords:
