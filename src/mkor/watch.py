@@ -124,7 +124,7 @@ class Watch:
             self._silent = -1
             return
         raise RuntimeError(
-            f"{PATIENCE} steps had gradients but not one layer's hook ran: wrap the optimizer "
+            f"{PATIENCE} updates had gradients but not one layer's hook ran: wrap the optimizer "
             "before the first call of a compiled model, or of another of its class (or call "
             "torch.compiler.reset() and compile again), and do not remove the model's forward hooks"
         )
