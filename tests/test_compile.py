@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from contestants import Net, backward, base_state, batch, factors, seeded, train, weights
-from mkor import MKOR
+from mkor import KFAC, MKOR
 
 WINDOW = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9, "damping": 0.05}
 
@@ -298,3 +299,21 @@ def test_model_without_hooks_does_not_end_captures():
     train(plain, torch.optim.SGD(two.parameters(), lr=0.01), 3)
     train(compiled, optimizer, 5)
     assert optimizer.state[one.a.weight]["mkor_updates"] == 17
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("kind", [MKOR, KFAC], ids=["mkor", "kfac"])
+def test_inductor(kind):
+    """In one graph by the default backend: the same weights as eager up to rounding."""
+    model, other = seeded(), seeded()
+    compiled = torch.compile(model, fullgraph=True)
+    how = WINDOW if kind is MKOR else {"damping": 0.1}
+    runs = [
+        (m, kind(m, torch.optim.SGD(m.parameters(), lr=0.05), **how)) for m in (compiled, other)
+    ]
+    for m, optimizer in runs:
+        train(m, optimizer, 4)
+    for p, q in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    updates = [s["mkor_updates"] for s in runs[0][1].state.values() if "mkor_updates" in s]
+    assert sorted(map(int, updates)) == [0, *[4] * (len(updates) - 1)]  # 0: the output layer
