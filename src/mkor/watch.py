@@ -11,11 +11,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mkor.batches import Batch, allocate
+from mkor.batches import Batch
 from mkor.capture import ForwardHook, Gate, InertHook, Site
 from mkor.communication import Communicator
 from mkor.curvature.contract import Curvature
 from mkor.hidden import HiddenHook
+from mkor.layout import allocate
 from mkor.output_layer import EagerUntilFound, OutputSearch
 from mkor.selection import Layer, Skip, select
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import mkor
-from mkor.batches import allocate
 from mkor.capture import Gate
 from mkor.curvature.contract import SIDES, BatchShape, Curvature, Statistics
+from mkor.layout import allocate
 from mkor.selection import select
 
 from .progress import Progress
