@@ -199,12 +199,12 @@ def run_all(
     Returns:
         False if one was interrupted; those that are complete are kept.
     """
-    todo = []
+    pending = []
     for plan in plans:
         if is_complete(folder / plan.name / RESULTS, settings_of(plan)):
             progress.note(f"{plan.name} is there already")
         else:
-            todo.append(plan)
-    if jobs > 1 and len(todo) > 1:
-        return run_side_by_side(todo, folder, progress, jobs, quiet=quiet)
-    return run_in_turn(todo, folder, progress)
+            pending.append(plan)
+    if jobs > 1 and len(pending) > 1:
+        return run_side_by_side(pending, folder, progress, jobs, quiet=quiet)
+    return run_in_turn(pending, folder, progress)
