@@ -9,7 +9,8 @@ from torch import nn
 import oracles_dense as oracles
 from cases import UNGROUPED, convolution
 from following import backward, entry, error, follow, images, mlp, net, points
-from mkor import KFAC, MKOR, DenseMKOR, Eva
+from mkor import KFAC, MKOR, Covariance, DenseMKOR, Eva
+from mkor.curvature.contract import BatchShape
 from oracles_dense import KFACLayer
 from recording import Recorder, gradients
 
@@ -347,6 +348,106 @@ def test_dropped_update():
     assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
 
 
+# ----------------------------------------------------------------- inverses apart from averages
+
+APART = Covariance(momentum=0.5, damping=0.1)
+
+
+def averaged(layers=3, sides=SIDES):
+    """A state with averages of one update each, and no inverses yet."""
+    shape = BatchShape(layers, 4, 5, True, sides, F64, torch.device("cpu"))
+    state = APART.init(shape)
+    state["updates"] += 1
+    for side in sides:
+        rows = torch.randn(layers, 9, shape.full_width(side), dtype=F64)
+        state[f"{side}_covariance"].copy_(0.5 * rows.mT @ rows / 9)
+    return state
+
+
+def inverted(state, side):
+    S = 2 * state[f"{side}_covariance"]
+    return torch.linalg.inv(S + 0.1 * torch.eye(S.shape[-1], dtype=F64))
+
+
+def test_renew_where_it_is_asked():
+    """Other layers keep what they have, and are not inverted yet."""
+    state = averaged()
+    APART.renew(state, torch.tensor([True, False, True]))
+    assert state["inverted"].tolist() == [True, False, True]
+    for side in SIDES:
+        H, expected = state[f"{side}_inverse"], inverted(state, side)
+        assert error(H[0], expected[0]) < 1e-12
+        assert error(H[2], expected[2]) < 1e-12
+        assert torch.equal(H[1], torch.eye(len(H[1]), dtype=F64))
+
+
+def test_what_renew_changes_is_shared():
+    """All that it changes is named, and nothing else: the averages are everybody's own."""
+    state = averaged()
+    state["damping_factor"] += 3
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    APART.renew(state, torch.tensor([True] * 3))
+    inverses, notes = APART.shared(state)
+    changed = {key for key, tensor in state.items() if not torch.equal(tensor, before[key])}
+    named = [key for tensor in (*inverses, *notes) for key in state if state[key] is tensor]
+    assert changed == set(named) >= {"left_inverse", "right_inverse"}
+    assert all(tensor.dim() == 3 for tensor in inverses)
+    assert all(tensor.dim() == 1 for tensor in notes)
+
+
+@pytest.mark.parametrize("sides", [SIDES, ("left",), ("right",)])
+def test_without_inverses(sides):
+    """Where others use them: the same keys and shapes, and next to no memory."""
+    state = averaged(sides=sides)
+    less = APART.without_inverses(state)
+    assert {k: t.shape for k, t in less.items()} == {k: t.shape for k, t in state.items()}
+    for key, tensor in less.items():
+        if key.endswith("_inverse"):
+            assert tensor.untyped_storage().nbytes() == 8
+            assert not tensor.any()
+        else:
+            assert tensor is state[key]
+
+
+@pytest.mark.parametrize("sides", [SIDES, ("left",), ("right",)])
+def test_recover_what_others_held(sides):
+    """From averages alone; a layer with an inverse keeps it, one that never had any gets none."""
+    state = averaged(4, sides)
+    state["damping_factor"][1] = 4
+    APART.renew(state, torch.tensor([True, True, True, False]))
+    state["damping_factor"][1] = 4
+    expected = {key: tensor.clone() for key, tensor in state.items()}
+    for layer, side in zip((0, 1), (sides * 2)[:2], strict=True):
+        # A checkpoint may have one side from a process that held it, and not the other.
+        state[f"{side}_inverse"][layer] = 0
+    for side in sides:
+        for d in (expected, state):
+            d[f"{side}_inverse"][2] *= 1.5
+            d[f"{side}_inverse"][3] *= 0
+    APART.recover(state)
+    for key, tensor in expected.items():
+        assert torch.equal(state[key], tensor), key
+    APART.recover(state)
+    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+
+
+def test_recovery_that_fails():
+    """Gradients then stay raw until a factorisation succeeds: they are not multiplied by 0."""
+    state = averaged()
+    APART.renew(state, torch.tensor([True] * 3))
+    state["left_inverse"][1] = 0
+    state["right_covariance"][1] = float("nan")
+    APART.recover(state)
+    assert state["inverted"].tolist() == [True, False, True]
+    assert state["damping_factor"].tolist() == [1, 1, 1]
+    shape = BatchShape(3, 4, 5, True, SIDES, F64, torch.device("cpu"))
+    W, b, ok = torch.randn(3, 4, 5, dtype=F64), torch.randn(3, 4, dtype=F64), torch.ones(3) > 0
+    raw = W[1].clone()
+    done = APART.apply(APART.prepare(state, shape), W, b, ok)
+    assert done.tolist() == [True, False, True]
+    assert torch.equal(W[1], raw)
+
+
 # -------------------------------------------------------------------------------- arguments
 
 
@@ -370,6 +471,9 @@ BAD = [
     ({"inverse_every": 0}, ValueError, "inverse_every.*at least 1.*0"),
     ({"inverse_every": 2.0}, TypeError, "inverse_every.*whole number.*2.0"),
     ({"pi_correction": 1}, TypeError, "pi_correction.*True or False.*1"),
+    ({"grad_worker_fraction": 0.0}, ValueError, "grad_worker_fraction.*positive.*0.0"),
+    ({"grad_worker_fraction": 1.5}, ValueError, "grad_worker_fraction.*at most 1.*1.5"),
+    ({"grad_worker_fraction": "1"}, TypeError, "grad_worker_fraction.*number.*'1'"),
     ({"pi_correction": True, "sides": "left"}, ValueError, "pi.correction.*sides='both'"),
     ({"vectors": 4}, TypeError, "vectors"),
     ({"rows": 4}, TypeError, "rows"),

@@ -1,32 +1,20 @@
-"""Layers of one shape, handled as one batch: their buffers, their state, their step."""
+"""Layers of one shape, handled as one batch: their buffers, their state, their statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mkor import linalg
 from mkor.capture import META, Site
-from mkor.curvature.contract import BatchShape, Curvature, Statistics
+from mkor.communication.sharding import Shard
+from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
 from mkor.selection import Layer
+from mkor.slots import Slots
 
 __all__ = ["Batch"]
-
-STACK_BELOW = 1 << 16
-"""Weights with fewer entries share one batched product; larger ones would only be copied for it."""
-
-
-@dataclass
-class _Gradients:
-    """The gradients of some layers of a batch, and which layers these are."""
-
-    where: slice
-    layers: list[Layer]
-    W: Tensor
-    b: Tensor | None
 
 
 class Batch:
@@ -36,9 +24,18 @@ class Batch:
         layers: The layers.
         shape: Their common shape.
         curvature: Their kind of factor.
-        sums: ``a [B, k, d_in]``, ``g [B, k, d_out]`` and ``meta [B, 3 + k]``, views into the flat
-            buffer; a side that is not used has width 0. Covariances follow the ``k`` vectors.
+        slots: Where their sums lie.
+        buffer: The flat buffer that these lie in.
         update: 0-dim tensor on the same device, the number of updates so far.
+        shard: Which part of each is stored here; None for all of it.
+        inverter: The process that inverts their covariances for others; None where each does.
+        keeps: Whether this process keeps their inverses.
+
+    Attributes:
+        a: ``[B, k, d_in]``, sums of inputs, over all processes once they are read; a side that is
+            not captured has no vectors. Covariances follow the ``k`` vectors.
+        g: ``[B, k, d_out]``, sums of raw output gradients likewise.
+        meta: ``[B, 3 + k]``, see :class:`mkor.capture.Site`.
     """
 
     def __init__(
@@ -46,17 +43,23 @@ class Batch:
         layers: Sequence[Layer],
         shape: BatchShape,
         curvature: Curvature,
-        sums: tuple[Tensor, Tensor, Tensor],
+        slots: Slots,
+        buffer: Tensor,
         update: Tensor,
+        shard: Shard | None = None,
+        inverter: int | None = None,
+        keeps: bool = True,
     ) -> None:
         B = len(layers)
         self.layers = list(layers)
         self.shape = shape
         self.curvature = curvature
+        self.slots = slots
         self.tick = update
-        self.a, self.g, self.meta = sums
+        self.shard, self.inverter, self.keeps = shard, inverter, keeps
+        self.a, self.g, self.meta = slots.views(buffer)
         self.sites = [
-            Site(layer.kind, self.a[i], self.g[i], self.meta[i], update)
+            Site(layer.kind, self.a[i], self.g[i], self.meta[i], update, shard is not None)
             for i, layer in enumerate(layers)
         ]
         self.skipped = [False] * B
@@ -97,29 +100,35 @@ class Batch:
         B, shape = len(self.layers), self.shape
         norms = torch.zeros(B, 2, dtype=shape.dtype, device=shape.device)
         output = torch.full((B,), -1, dtype=torch.int8, device=shape.device)
-        return {**self.curvature.init(shape), "norms": norms, "output": output}
+        state = self.curvature.init(shape)
+        if not self.keeps and isinstance(self.curvature, Inverting):
+            state = self.curvature.without_inverses(state)
+        return {**state, "norms": norms, "output": output}
 
-    def measure(self) -> Tensor:
-        """Norms of the raw gradients, and whether this step's statistics and gradients are finite.
+    def recover(self) -> None:
+        """After loading, make anew what the process that saved it had left to others."""
+        if self.keeps and isinstance(self.curvature, Inverting):
+            self.curvature.recover(self.state)
+
+    def read(self, totals: Sequence[Tensor]) -> None:
+        """Take the sums of all processes.
+
+        Args:
+            totals: ``[P, n]`` for each flat buffer; with one set the buffer itself, where the
+                views of construction see it.
+        """
+        if len(totals[self.slots.buffer]) > 1:
+            self.a, self.g, self.meta = self.slots.joined(totals)
+
+    def check(self) -> Tensor:
+        """See which layers have data, and whether statistics and gradients are finite.
 
         Returns:
             Whether any layer's are not, a 0-dim tensor.
         """
-        pairs = [
-            (None, None) if skipped else layer.gradients
-            for layer, skipped in zip(self.layers, self.skipped, strict=True)
-        ]
-        raw = torch.hypot(self._norms([W for W, _ in pairs]), self._norms([b for _, b in pairs]))
-        self.last[0] = raw
         self.seen = self.meta[:, META:].sum(1) > 0
-        self.finite = (self.meta[:, :2].sum(1) + raw).isfinite()
+        self.finite = (self.meta[:, :2].sum(1) + self.last[0]).isfinite()
         return ~self.finite.all()
-
-    def _norms(self, gradients: list[Tensor | None]) -> Tensor:
-        present = [gradient for gradient in gradients if gradient is not None]
-        zero = self.last.new_zeros(())
-        norms = iter(torch._foreach_norm(present, 2, zero.dtype) if present else ())
-        return torch.stack([zero if g is None else next(norms) for g in gradients])
 
     def update(self, refuse: Tensor, scale: float | Tensor, number: int) -> None:
         """Give this step's statistics to the curvature.
@@ -161,63 +170,6 @@ class Batch:
                 covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
         return Statistics(vectors, mean_square, counts > 0, accept, number, refuse, covariance)
 
-    def precondition(self, due: bool, rescale: str | None, compare: bool = False) -> None:
-        """Replace the layers' gradients by ``L^-1 M R^-1``, rescaled, in place.
-
-        Args:
-            due: Whether this step has statistics of its own; layers without any pass through then.
-            rescale: ``"running"``, ``"step"`` or None.
-            compare: Whether the inner products of raw and preconditioned gradients are needed.
-        """
-        use = self.state["updates"] > 0
-        if due:
-            use = use & self.seen & self.finite
-        ready = self._ready()
-        self.touched = bool(ready)
-        self.done = torch.zeros_like(self.seen)
-        if not ready:
-            return
-        first, beyond = ready[0], ready[-1] + 1
-        spanned = {key: tensor[first:beyond] for key, tensor in self.state.items()}
-        prepared = self.curvature.prepare(spanned, self.shape)
-        ok = use & self.last[0].isfinite()
-        self.measured = self.watched
-        for part in self._gradients(ready):
-            here = part.where
-            spot = slice(here.start - first, here.stop - first)
-            rows = {key: tensor[spot] for key, tensor in prepared.items()}
-            P, p = part.W, part.b
-            keep = self.watched or compare
-            M = (P.clone(), None if p is None else p.clone()) if keep else None
-            done = self.curvature.apply(rows, P, p, ok[here])
-            raw, norm = self.last[0, here], linalg.joint_norm(P, p)
-            self.last[1, here] = norm
-            if M is not None:
-                self.last[2, here] = linalg.inner(*M, P, p)
-            self.done[here] = done
-            self.refused[1, here] += use[here] & ~done
-            ratio = self._ratio(here, raw, norm, done, rescale).unbind()
-            for i, layer in enumerate(part.layers):
-                W, b = layer.gradients
-                assert W is not None
-                _write(W, P[i], ratio[i])
-                if p is not None and b is not None:
-                    _write(b, p[i], ratio[i])
-
-    def scale(self, factor: Tensor) -> None:
-        """Multiply the gradients that were just preconditioned; the others stay as they are.
-
-        Args:
-            factor: 0-dim.
-        """
-        factors = torch.where(self.done, factor, 1.0).unbind()
-        ready = self._ready()
-        for place in (0, 1):
-            pairs = [(self.layers[i].gradients[place], factors[i]) for i in ready]
-            found = [(gradient, by) for gradient, by in pairs if gradient is not None]
-            if found:
-                torch._foreach_mul_([g for g, _ in found], [by.to(g.dtype) for g, by in found])
-
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.
 
@@ -240,69 +192,12 @@ class Batch:
             if not self.skipped[i]
         }
 
-    def _ratio(
-        self, where: slice, raw: Tensor, norm: Tensor, keep: Tensor, rescale: str | None
-    ) -> Tensor:
-        norms = self.state["norms"]
-        old = norms[where]
-        moved = linalg.momentum_average(old, torch.stack((raw, norm), 1), self.curvature.momentum)
-        moved = torch.where(keep.unsqueeze(1), moved, old)
-        norms[where] = moved
-        if rescale is None:
-            return torch.ones_like(raw)
-        if rescale == "running":
-            raw, norm = moved.unbind(1)
-        return torch.where(keep, linalg.norm_ratio(raw, norm), 1.0)
-
-    def _ready(self) -> list[int]:
-        """The layers that are preconditioned and have a gradient."""
-        return [
-            i
-            for i, layer in enumerate(self.layers)
-            if not self.skipped[i] and layer.gradients[0] is not None
-        ]
-
-    def _gradients(self, ready: list[int]) -> Iterator[_Gradients]:
-        small = self.shape.d_out * self.shape.d_in < STACK_BELOW
-        for run in _runs(ready) if small else [[i] for i in ready]:
-            layers = [self.layers[i] for i in run]
-            weights, biases = zip(*(layer.gradients for layer in layers), strict=True)
-            size = (self.shape.d_out, self.shape.d_in)
-            b = None if all(bias is None for bias in biases) else self._stack(biases, size[:1])
-            yield _Gradients(slice(run[0], run[-1] + 1), layers, self._stack(weights, size), b)
-
-    def _stack(self, gradients: Sequence[Tensor | None], size: tuple[int, ...]) -> Tensor:
-        rows = [
-            self.last.new_zeros(size) if g is None else g.reshape(size).to(self.last.dtype)
-            for g in gradients
-        ]
-        return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
-
 
 def _cosine(product: float, norm: float, norm2: float) -> float:
     return product / (norm * norm2) if norm * norm2 else 1.0
-
-
-def _runs(places: list[int]) -> list[list[int]]:
-    """Neighbouring places together: a slice is a view, a list of places a copy."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][-1] + 1 == place:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return runs
 
 
 def _with_ones(second: Tensor, mean: Tensor) -> Tensor:
     """The covariance of ``[a 1]`` from that of ``a`` and the mean ``[B, 1, d]``."""
     full = torch.cat([second, mean], dim=1)
     return torch.cat([full, linalg.append_ones(mean).mT], dim=2)
-
-
-def _write(gradient: Tensor, new: Tensor, ratio: Tensor) -> None:
-    new = new.view(gradient.shape)
-    if new.dtype == gradient.dtype:
-        torch.mul(new, ratio, out=gradient)
-    else:
-        gradient.copy_(new.mul_(ratio))

@@ -18,46 +18,14 @@ from torch import Tensor, nn
 from mkor.layers import LayerKind
 from mkor.moments import moments
 from mkor.output_layer import OutputSearch
+from mkor.passes import Passes
 from mkor.profiling import span
 from mkor.sums import PartSums, Pick
 
-__all__ = ["META", "ForwardHook", "Gate", "GradientHook", "InertHook", "Passes", "Site"]
+__all__ = ["META", "AccumulationHook", "ForwardHook", "Gate", "GradientHook", "InertHook", "Site"]
 
 META = 3
 """Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
-
-
-class Passes:
-    """Counts a step's backward passes, which are its micro-batches, by when gradients arrive."""
-
-    def __init__(self) -> None:
-        self._counts: dict[Hashable, int] = {}
-
-    @property
-    def most(self) -> int:
-        """Passes through the layer that saw most; an expert without tokens sees fewer."""
-        return max(self._counts.values(), default=0)
-
-    def counter(self, key: Hashable, gate: Gate) -> Callable[[Tensor], None]:
-        """A hook for a weight's accumulated gradient.
-
-        Args:
-            key: Of the weight.
-            gate: Says whether passes count.
-
-        Returns:
-            The hook.
-        """
-
-        def count(_: Tensor) -> None:
-            if gate.open:
-                self._counts[key] = self._counts.get(key, 0) + 1
-
-        return count
-
-    def forget(self) -> None:
-        """Begin a new step."""
-        self._counts.clear()
 
 
 @dataclass(eq=False)
@@ -171,6 +139,8 @@ class Site:
         g: ``[k, d_out]``, sums of raw output gradients; above ``[d_out, d_out]`` likewise.
         meta: ``[3 + k]``: sum of squares of ``a`` and of ``g``, rows of the step, rows per part.
         update: 0-dim tensor, the number of updates so far, for compiled code.
+        sharded: Whether processes store parts of the weight, so that its gradients do not tell
+            passes.
     """
 
     kind: LayerKind
@@ -178,6 +148,7 @@ class Site:
     g: Tensor
     meta: Tensor
     update: Tensor
+    sharded: bool = False
 
     def add(self, a: PartSums | None, g: PartSums | None) -> None:
         """Add one call's sums.
@@ -279,6 +250,7 @@ class ForwardHook(InertHook):
 
     def _eager(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         gate, site = self.gate, self.site
+        gate.passes.see_forward()
         search = gate.search
         if search is not None:
             search.forward(self.key, [x], output)
@@ -318,6 +290,26 @@ class GradientHook:
         with torch.no_grad(), span("mkor.capture"):
             g = self.gate.outputs(self.site.kind, grad.detach(), self.pick)
             self.site.add(self.a, g)
+        if self.site.sharded:
+            self.gate.passes.count(self.site)
+
+
+class AccumulationHook(InertHook):
+    """A weight's hook, run when its gradient was accumulated: a pass went through the layer.
+
+    Args:
+        gate: Shared by all hooks of the optimizer.
+        key: Of the layer.
+        sharded: Whether processes store parts of the weight.
+    """
+
+    def __init__(self, gate: Gate, key: Hashable, sharded: bool) -> None:
+        self.gate, self.key, self.sharded = gate, key, sharded
+
+    def __call__(self, _: Tensor) -> None:
+        """Count the pass if passes count."""
+        if self.gate.open:
+            self.gate.passes.accumulated(self.key, self.sharded)
 
 
 def _trains(module: nn.Module) -> bool:

@@ -86,14 +86,28 @@ class Entries:
         self, batches: Iterable[Batch], parameters: Iterable[Tensor], shared: Mapping[str, Tensor]
     ) -> None:
         self.by_parameter: dict[Tensor, dict[str, Tensor]] = {}
+        self._layers: dict[str, Tensor] = {}
+        self._known: set[int] = set()
         self.widen(parameters, shared)
         for batch in batches:
             for i, layer in enumerate(batch.layers):
                 for key, tensor in batch.state.items():
                     self.by_parameter[layer.weight][PREFIX + key] = tensor[i]
+                self._layers[layer.name] = layer.weight
 
     def __len__(self) -> int:
         return len(self.by_parameter)
+
+    def belong_to(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether these are the parameters that have entries.
+
+        Args:
+            parameters: All parameters of the optimizer.
+
+        Returns:
+            Whether no parameter was added, removed or replaced.
+        """
+        return set(map(id, parameters)) == self._known
 
     def widen(self, parameters: Iterable[Tensor], shared: Mapping[str, Tensor]) -> None:
         """Give parameters that have no entry yet one without factors.
@@ -105,6 +119,7 @@ class Entries:
         common = {PREFIX + key: tensor for key, tensor in shared.items()}
         for parameter in parameters:
             self.by_parameter.setdefault(parameter, dict(common))
+            self._known.add(id(parameter))
 
     def put(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Add the entries to an optimizer's state.
@@ -167,6 +182,20 @@ class Entries:
                         f"wrote it, or {_ANEW}"
                     )
 
+    def copy_layers(self, before: Entries) -> None:
+        """Copy factors of layers whose weights have been replaced.
+
+        Args:
+            before: The entries of the same layers under their former weights.
+        """
+        self.copy_from(
+            {
+                weight: before.by_parameter[before._layers[name]]
+                for name, weight in self._layers.items()
+                if name in before._layers and before._layers[name] is not weight
+            }
+        )
+
     def copy_from(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Copy factors into the batches; what ``saved`` does not have, or in other shapes, stays.
 
@@ -176,8 +205,10 @@ class Entries:
         for parameter, entry in self.by_parameter.items():
             for key, tensor in saved.get(parameter, {}).items():
                 known = entry.get(key)
-                fits = known is not None and known.shape == tensor.shape
-                if known is not None and fits and key != PREFIX + "counters":
+                if known is None or known.shape != tensor.shape or key == PREFIX + "counters":
+                    continue
+                # What is left to others is a view of a single 0.
+                if known.is_contiguous():
                     known.copy_(tensor)
 
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
+from mkor.application import scale
 from mkor.batches import Batch
+from mkor.communication.communicator import Communicator
+from mkor.communication.sharding import local
 
 __all__ = ["clip_kl", "gradients_finite"]
 
@@ -35,7 +38,7 @@ def clip_kl(batches: Iterable[Batch], groups: Sequence[dict[str, object]], limit
     total = torch.stack([product.to(products[0]) for product in products]).sum()
     nu = linalg.kl_scale(total, limit)
     for batch in touched:
-        batch.scale(nu.to(batch.last))
+        scale(batch, nu.to(batch.last))
 
 
 def _tensor(rates: list[object], like: Tensor) -> Tensor:
@@ -44,17 +47,26 @@ def _tensor(rates: list[object], like: Tensor) -> Tensor:
     return torch.tensor(rates, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def gradients_finite(parameters: Iterable[Tensor]) -> bool:
-    """Whether every gradient is finite; asks each device once.
+def gradients_finite(parameters: Iterable[Tensor], communicator: Communicator) -> bool:
+    """Whether every gradient is finite; asks each device once, and other processes for their parts.
 
     Args:
         parameters: All that have or may have a gradient.
+        communicator: The processes that train together.
 
     Returns:
-        True if no gradient holds infinities or NaN.
+        True if no gradient holds infinities or NaN, here or where its other parts are stored.
     """
-    gradients = [p.grad for p in parameters]
-    present = [g._values() if g.is_sparse else g for g in gradients if g is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    blocks = [local(gradient) for gradient in gradients]
+    finite = _finite(blocks)
+    if all(block is gradient for block, gradient in zip(blocks, gradients, strict=True)):
+        return finite
+    return not communicator.sum_small(torch.tensor(float(not finite), device="cpu")).item()
+
+
+def _finite(gradients: list[Tensor]) -> bool:
+    present = [g._values() if g.is_sparse else g for g in gradients]
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in present:
         by_device.setdefault(gradient.device, []).append(gradient)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mkor.communication import Communicator
+from mkor.communication.communicator import Communicator
 
 __all__ = ["LossRate", "LossRateSwitch", "Switch"]
 

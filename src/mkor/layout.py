@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mkor.batches import Batch
-from mkor.capture import META, Gate
+from mkor.capture import Gate
+from mkor.communication.assignment import Assignment
+from mkor.communication.sharding import Shard, shard_of
 from mkor.curvature.contract import SIDES, BatchShape, Curvature
+from mkor.renewal import inverters
 from mkor.selection import Layer
+from mkor.slots import slots_for
 
 __all__ = ["allocate"]
 
+_Key = tuple[BatchShape, Shard | None, int | None]
+
 
 def allocate(
-    layers: Sequence[Layer], curvature: Curvature, gate: Gate
+    layers: Sequence[Layer],
+    curvature: Curvature,
+    gate: Gate,
+    assignment: Assignment | None = None,
 ) -> tuple[list[Batch], list[Tensor]]:
     """Group layers by shape and lay out their sums.
 
@@ -24,31 +34,50 @@ def allocate(
         layers: The preconditioned layers, in the order of the model.
         curvature: Their kind of factor.
         gate: Says how many parts and which sides are captured.
+        assignment: Who inverts which layers for others; None where every process does all.
 
     Returns:
         The batches, and one flat buffer per device and dtype with the sums of all its layers.
+
+    Raises:
+        ValueError: Gradients are to be shared whole, but processes store parts of them.
     """
-    groups: dict[BatchShape, list[Layer]] = {}
+    inverter = inverters(layers, assignment)
+    groups: dict[_Key, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(_shape(layer, gate), []).append(layer)
-    batches, buffers = [], []
-    for place in dict.fromkeys((shape.device, shape.dtype) for shape in groups):
-        here = {s: group for s, group in groups.items() if (s.device, s.dtype) == place}
-        widths = {s: _widths(s, gate) for s in here}
-        size = sum(len(group) * sum(widths[s]) for s, group in here.items())
-        buffer = torch.zeros(size, dtype=place[1], device=place[0])
-        buffers.append(buffer)
-        update = torch.zeros((), dtype=torch.int64, device=place[0])
-        start = 0
-        for s, group in here.items():
-            sums = []
-            for width in widths[s]:
-                sums.append(buffer[start : start + len(group) * width].view(len(group), width))
-                start += len(group) * width
-            a, g, meta = sums
-            views = (_split(a, s.d_in, gate), _split(g, s.d_out, gate), meta)
-            shape = BatchShape(len(group), s.d_out, s.d_in, s.bias, s.sides, s.dtype, s.device)
-            batches.append(Batch(group, shape, curvature, views, update))
+        shard = shard_of(layer.weight, layer.bias, layer.role.transposed, layer.name)
+        if shard is not None and assignment is not None and assignment.shares_gradients:
+            raise ValueError(
+                "grad_worker_fraction below 1 needs processes that hold whole gradients, as under "
+                f"DistributedDataParallel, but {layer.name} is sharded: use 1.0"
+            )
+        groups.setdefault((_shape(layer, gate), shard, inverter(layer)), []).append(layer)
+    batches: list[Batch] = []
+    buffers: list[Tensor] = []
+    for device, dtype in dict.fromkeys((shape.device, shape.dtype) for shape, _, _ in groups):
+        plans = []
+        end = 0
+        for (shape, shard, rank), group in groups.items():
+            if (shape.device, shape.dtype) == (device, dtype):
+                shape = replace(shape, layers=len(group))
+                plans.append((group, shape, slots_for(shape, gate, len(buffers), end), shard, rank))
+                end = plans[-1][2].end
+        buffers.append(torch.zeros(end, dtype=dtype, device=device))
+        update = torch.zeros((), dtype=torch.int64, device=device)
+        batches += [
+            Batch(
+                group,
+                shape,
+                curvature,
+                slots,
+                buffers[-1],
+                update,
+                shard,
+                rank,
+                assignment is None or assignment.preconditions(rank or 0),
+            )
+            for group, shape, slots, shard, rank in plans
+        ]
     return batches, buffers
 
 
@@ -58,16 +87,3 @@ def _shape(layer: Layer, gate: Gate) -> BatchShape:
     sides = tuple(side for side in SIDES if getattr(gate, side))
     kind = layer.kind
     return BatchShape(0, kind.d_out, kind.d_in, layer.bias is not None, sides, dtype, weight.device)
-
-
-def _widths(shape: BatchShape, gate: Gate) -> tuple[int, int, int]:
-    right, left = (_rows(d, gate) * d for d in (shape.d_in, shape.d_out))
-    return right * gate.right, left * gate.left, META + gate.vectors
-
-
-def _rows(width: int, gate: Gate) -> int:
-    return gate.vectors + width * gate.covariance
-
-
-def _split(sums: Tensor, width: int, gate: Gate) -> Tensor:
-    return sums.view(len(sums), _rows(width, gate), -1) if sums.numel() else sums.unsqueeze(1)

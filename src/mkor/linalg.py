@@ -20,17 +20,24 @@ __all__ = [
     "age_weights",
     "append_ones",
     "bias_correction",
+    "bilinear",
     "damped_inverse",
     "inner",
     "joint_norm",
     "kl_scale",
     "largest_entry",
+    "left_products",
     "momentum_average",
     "multiply_left",
     "multiply_right",
     "norm_ratio",
     "rank_one_coefficient",
+    "rank_one_denominator",
     "rank_one_term",
+    "remove_left",
+    "remove_right",
+    "right_products",
+    "row_sum_norm",
     "subtract_left",
     "subtract_right",
     "whitening",
@@ -155,6 +162,59 @@ def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor
     return ok
 
 
+def left_products(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``X = U [W b]``; where rows are cut, the sum over all blocks is the whole layer's.
+
+    Args:
+        U: ``[B, r, rows]``, the columns that belong to the block's rows.
+        W: ``[B, rows, columns]``.
+        b: ``[B, rows]`` or None.
+
+    Returns:
+        ``[B, r, columns]`` and ``[B, r]``.
+    """
+    return U @ W, None if b is None else (U @ b.unsqueeze(-1)).squeeze(-1)
+
+
+def right_products(U: Tensor, W: Tensor) -> Tensor:
+    """``Y = W U^T``; where columns are cut, the sum over all blocks is the whole weight's.
+
+    Args:
+        U: ``[B, r, columns]``, the columns that belong to the block's columns.
+        W: ``[B, rows, columns]``.
+
+    Returns:
+        ``[B, rows, r]``.
+    """
+    return W @ U.mT
+
+
+def remove_left(U: Tensor, X: Tensor, x: Tensor | None, W: Tensor, b: Tensor | None) -> None:
+    """``[W b] - U^T [X x]`` in place: with ``[X x] = U [W b]`` this is ``(I - U^T U) [W b]``.
+
+    Args:
+        U: ``[B, r, rows]``.
+        X: ``[B, r, columns]``.
+        x: ``[B, r]``, None where ``b`` is.
+        W: ``[B, rows, columns]``.
+        b: ``[B, rows]`` or None.
+    """
+    W.baddbmm_(U.mT, X, alpha=-1)
+    if b is not None and x is not None:
+        b.sub_((U.mT @ x.unsqueeze(-1)).squeeze(-1))
+
+
+def remove_right(U: Tensor, Y: Tensor, W: Tensor) -> None:
+    """``W - Y U`` in place: with ``Y = M [U u]^T`` this is the block of ``M (I - [U u]^T [U u])``.
+
+    Args:
+        U: ``[B, r, columns]``.
+        Y: ``[B, rows, r]``.
+        W: ``[B, rows, columns]``.
+    """
+    W.baddbmm_(Y, U, alpha=-1)
+
+
 def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
     """Frobenius norm of ``[W b]``, one number per layer of the batch.
 
@@ -170,19 +230,34 @@ def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def largest_entry(W: Tensor, b: Tensor | None) -> Tensor:
-    """Largest absolute entry of ``[W b]``, one number per layer of the batch.
+    """Largest absolute entry of ``[W b]``, one number per layer of the batch; 0 if there is none.
 
     Args:
-        W: ``[B, d_out, d_in]``.
-        b: ``[B, d_out]`` or None.
+        W: ``[B, rows, columns]``, where a block of the layer is here, which may be empty.
+        b: ``[B, bias]`` or None.
 
     Returns:
         ``[B]``.
     """
-    largest: Tensor = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2))
-    if b is None:
-        return largest
-    return torch.maximum(largest, torch.linalg.vector_norm(b, float("inf"), dim=1))
+    blocks = [x for x in (W, b) if x is not None and x.numel()]
+    if not blocks:
+        return W.new_zeros(len(W))
+    norms = [torch.linalg.vector_norm(x, float("inf"), dim=(1, 2)[: x.dim() - 1]) for x in blocks]
+    return norms[0] if len(norms) == 1 else torch.maximum(*norms)
+
+
+def row_sum_norm(H: Tensor) -> Tensor:
+    """Largest sum of a row's absolute entries: ``H`` enlarges no vector's largest entry by more.
+
+    Args:
+        H: ``[B, d, d]``.
+
+    Returns:
+        ``[B]``, at least float32.
+    """
+    dtype = torch.promote_types(H.dtype, torch.float32)
+    sums: Tensor = torch.linalg.vector_norm(H, 1, dim=2, dtype=dtype)
+    return sums.amax(1)
 
 
 def inner(W: Tensor, b: Tensor | None, W2: Tensor, b2: Tensor | None) -> Tensor:
@@ -325,7 +400,35 @@ def rank_one_coefficient(
     Ma = (W @ a[:, :d].unsqueeze(-1)).squeeze(-1)
     if b is not None:
         Ma = Ma + b * a[:, d:]
-    return (g * Ma).sum(1) / (a.square().sum(1) * g.square().sum(1) + damping)
+    return (g * Ma).sum(1) / rank_one_denominator(a, g, damping)
+
+
+def rank_one_denominator(a: Tensor, g: Tensor, damping: float) -> Tensor:
+    """The number ``|a|^2 |g|^2 + delta`` of Eva's closed form.
+
+    Args:
+        a: ``[B, d_in]``, mean inputs, with the bias's 1 as last entry where there is one.
+        g: ``[B, d_out]``, mean output gradients.
+        damping: ``delta``.
+
+    Returns:
+        ``[B]``.
+    """
+    return a.square().sum(1) * g.square().sum(1) + damping
+
+
+def bilinear(g: Tensor, W: Tensor, a: Tensor) -> Tensor:
+    """``g^T W a``; the sum over all blocks is the whole weight's.
+
+    Args:
+        g: ``[B, rows]``.
+        W: ``[B, rows, columns]``.
+        a: ``[B, columns]``.
+
+    Returns:
+        ``[B]``.
+    """
+    return (g * (W @ a.unsqueeze(-1)).squeeze(-1)).sum(1)
 
 
 def kl_scale(product: Tensor, limit: float) -> Tensor:

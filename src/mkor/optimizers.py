@@ -166,6 +166,11 @@ class KFAC(Preconditioned):
             damping grows tenfold, to be halved again by each success.
         pi_correction: Share the damping between the sides by their scale (Martens & Grosse,
             section 6.3).
+        grad_worker_fraction: Which share of ``W`` processes holds a layer's inverses and
+            preconditions its gradient (KAISA). Each inverse is computed once. With 1 all processes
+            get it; with ``1 / W`` only one needs its memory, and sends the preconditioned gradient
+            to the others in every step; between them there are ``n = fraction * W`` such processes,
+            which must divide ``W``.
         kl_clip: See :class:`Preconditioned`; None for none.
         rescale: Instead of ``kl_clip``; give ``kl_clip=None`` with it.
         **wrapper: ``skip``, ``skip_output``, ``sides``, ``nonfinite``, ``hybrid`` and
@@ -186,6 +191,7 @@ class KFAC(Preconditioned):
         update_every: int = 1,
         inverse_every: int | None = None,
         pi_correction: bool = False,
+        grad_worker_fraction: float = 1.0,
         kl_clip: float | None = 0.001,
         rescale: str | None = None,
         **wrapper: Unpack[WrapperOptions],
@@ -194,7 +200,7 @@ class KFAC(Preconditioned):
         super().__init__(
             model,
             optimizer,
-            Covariance(momentum, damping, updates, pi_correction),
+            Covariance(momentum, damping, updates, pi_correction, grad_worker_fraction),
             update_every=update_every,
             kl_clip=kl_clip,
             rescale=rescale,

@@ -12,14 +12,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
-from mkor.clipping import gradients_finite
+from mkor.communication.uneven import Joinable, Shadow, notify
 from mkor.coverage import Coverage
 from mkor.curvature.contract import Curvature
 from mkor.hybrid import LossRateSwitch
-from mkor.preconditioner import Options, Preconditioner
+from mkor.options import Options
+from mkor.preconditioner import Preconditioner
 from mkor.profiling import span
 from mkor.selection import Skip
-from mkor.validation import check_base, check_curvature, check_model, check_options, check_rates
+from mkor.validation import (
+    check_base,
+    check_curvature,
+    check_model,
+    check_options,
+    check_rates,
+    check_reduce,
+)
 
 __all__ = ["Preconditioned", "WrapperOptions"]
 
@@ -32,10 +40,11 @@ class WrapperOptions(TypedDict, total=False):
     sides: str
     nonfinite: str
     hybrid: LossRateSwitch | None
+    reduce: str
     process_group: Any
 
 
-class Preconditioned(Optimizer):
+class Preconditioned(Optimizer, Joinable):
     """Wraps an optimizer: it steps on gradients that a curvature has preconditioned.
 
     From construction on it is an ordinary ``torch.optim.Optimizer``. ``state`` and ``param_groups``
@@ -62,7 +71,11 @@ class Preconditioned(Optimizer):
         hybrid: A :class:`mkor.LossRateSwitch` to go on with the base alone, for good, when the loss
             no longer falls fast (MKOR-H); None never does. It hears of the loss from ``step``'s
             closure or :meth:`report_loss`.
-        process_group: For the sum of statistics; None for the default group.
+        reduce: How processes share an update's vectors: ``"mean"``, all average their rows into
+            each, ``m`` rows in all; ``"gather"``, each contributes whole vectors of ``m`` rows,
+            ``ceil(k / W)`` of them.
+        process_group: Whose processes train together; None for the default group. Statistics
+            travel in a group of their own with the same processes.
 
     Raises:
         TypeError: An argument has the wrong type, or the base needs a closure.
@@ -83,6 +96,7 @@ class Preconditioned(Optimizer):
         sides: str = "both",
         nonfinite: str = "propagate",
         hybrid: LossRateSwitch | None = None,
+        reduce: str = "mean",
         process_group: Any = None,
     ) -> None:
         check_model(model)
@@ -97,10 +111,12 @@ class Preconditioned(Optimizer):
             skip_output=skip_output,
             hybrid=hybrid,
         )
+        check_reduce(reduce, curvature)
         if kl_clip is not None:
             check_rates(optimizer.param_groups)
         self._constructed = False
-        super().__init__(list(checkpoint.all_parameters(optimizer.param_groups)), {})
+        Optimizer.__init__(self, list(checkpoint.all_parameters(optimizer.param_groups)), {})
+        Joinable.__init__(self)
         self.base = optimizer
         self.defaults = dict(optimizer.defaults)
         self._constructed = True
@@ -113,7 +129,16 @@ class Preconditioned(Optimizer):
         self._closed = False
         modules = skip if isinstance(skip, str | nn.Module | type) else tuple(skip)
         options = Options(
-            update_every, rescale, kl_clip, modules, skip_output, sides, hybrid, process_group
+            update_every,
+            rescale,
+            kl_clip,
+            modules,
+            skip_output,
+            sides,
+            nonfinite,
+            hybrid,
+            reduce,
+            process_group,
         )
         self._preconditioner = Preconditioner(model, optimizer, curvature, options, self.close)
 
@@ -162,6 +187,7 @@ class Preconditioned(Optimizer):
         Returns:
             What the closure returned.
         """
+        notify(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -179,7 +205,7 @@ class Preconditioned(Optimizer):
             engine.switch.report(loss)
         with engine.full_precision():
             engine.precondition()
-        with engine.withdrawn(), span("mkor.base_step"):
+        with engine.ledger.withdrawn(), span("mkor.base_step"):
             if self._may_step():
                 self.base.step()
         engine.finish_step()
@@ -187,7 +213,7 @@ class Preconditioned(Optimizer):
     def _may_step(self) -> bool:
         if self.nonfinite == "propagate":
             return True
-        finite = gradients_finite(checkpoint.all_parameters(self.param_groups))
+        finite = self._preconditioner.gradients_finite()
         self._skipped_steps += not finite
         return finite
 
@@ -220,7 +246,7 @@ class Preconditioned(Optimizer):
         Returns:
             ``state`` and ``param_groups`` only; loads with ``torch.load(weights_only=True)``.
         """
-        with self._preconditioner.shown():
+        with self._preconditioner.ledger.shown(self._preconditioner.shared):
             packed = super().state_dict()
             packed["state"] = checkpoint.materialized(packed["state"])
         return packed
@@ -243,10 +269,10 @@ class Preconditioned(Optimizer):
         base_part, own = checkpoint.split(state_dict, self.param_groups)
         if not self._closed:
             self._preconditioner.load(own)
-        with self._preconditioner.withdrawn():
+        with self._preconditioner.ledger.withdrawn():
             self.base.load_state_dict(base_part)
         if own:
-            self._preconditioner.published()
+            self._preconditioner.ledger.publish()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -258,6 +284,26 @@ class Preconditioned(Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.__getstate__()
+
+    # ------------------------------------- processes that run out of batches before others do
+
+    def join_hook(self, **_: Any) -> Shadow:
+        """For ``torch.distributed.algorithms.Join([ddp, optimizer])``.
+
+        Returns:
+            What this process does once it has no more batches.
+        """
+        return Shadow(self._preconditioner.shadow, self._preconditioner.share)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the first parameter is."""
+        return next(checkpoint.all_parameters(self.param_groups)).device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that train together."""
+        return self._preconditioner.communicator.parent
 
     # ------------------------------------------------------------------------------ its own part
 

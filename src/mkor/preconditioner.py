@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,32 +13,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
+from mkor.application import Stage, measure, precondition
 from mkor.capture import Gate
-from mkor.clipping import clip_kl
-from mkor.communication import Communicator
+from mkor.clipping import clip_kl, gradients_finite
+from mkor.communication.agreement import check_agreement
+from mkor.communication.communicator import Communicator
+from mkor.communication.uneven import share_last
 from mkor.coverage import Coverage, report
-from mkor.curvature.contract import Curvature
+from mkor.curvature.contract import Curvature, Inverting
 from mkor.diagnostics import gather
-from mkor.hybrid import LossRateSwitch, Switch
+from mkor.hybrid import Switch
+from mkor.ledger import Ledger
+from mkor.options import Options, parts_of
 from mkor.profiling import span
-from mkor.selection import Skip
+from mkor.renewal import renew
 from mkor.watch import Watch
 
-__all__ = ["Options", "Preconditioner"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The wrapper's keywords; see :class:`mkor.Preconditioned`."""
-
-    update_every: int
-    rescale: str | None
-    kl_clip: float | None
-    skip: Skip
-    skip_output: bool
-    sides: str
-    hybrid: LossRateSwitch | None
-    process_group: Any
+__all__ = ["Preconditioner"]
 
 
 class Preconditioner:
@@ -56,10 +46,12 @@ class Preconditioner:
         options: The wrapper's keywords.
         gate: Shared by the hooks.
         loss_scale: What the loss was multiplied with in the backward passes.
+        communicator: The processes that train together.
         active: False once closed or switched: a step is then the base's alone.
         steps: Steps preconditioned.
         updates: Updates of the factors.
         switch: The hybrid's, if it is on.
+        ledger: The factors' entries in the base's state.
     """
 
     def __init__(
@@ -72,6 +64,7 @@ class Preconditioner:
     ) -> None:
         self.options = options
         self.active = True
+        self.communicator = Communicator(options.process_group)
         self.gate = Gate(
             curvature.vectors,
             curvature.rows,
@@ -83,20 +76,23 @@ class Preconditioner:
         self.steps = self.updates = 0
         self._passes = 1
         self._model, self._base, self._curvature = model, base, curvature
+        self._inverting = curvature if isinstance(curvature, Inverting) else None
         # A wrapper that is dropped must be freed at once, hooks and all.
         self._close = weakref.WeakMethod(close)
-        self._communicator = Communicator(options.process_group)
+        self._agreed = False
+        self._processes = 0
         self._counters = checkpoint.counters()
         device = next(checkpoint.all_parameters(base.param_groups)).device
         self.switch = None if options.hybrid is None else Switch(options.hybrid, device)
-        self._published = False
         # Refused updates and raw gradients of layers that were given back to the base.
         self._refused = torch.zeros(2, dtype=torch.int64, device="cpu")
-        self._watch, self._entries = self._build()
+        self.ledger = Ledger(base)
+        self._watch = self._build()
+        self._renew_entries()
         self._begin()
         # Distributed checkpoints take a state that is not empty for complete.
         if base.state:
-            self._publish()
+            self.ledger.publish()
 
     # ------------------------------------------------------------------------------------ phases
 
@@ -115,6 +111,7 @@ class Preconditioner:
     def precondition(self) -> None:
         """Learn from the passes since the last step, and precondition their gradients."""
         self.notice_new_parameters()
+        self._agree()
         watch, options = self._watch, self.options
         if watch.decide_outputs():
             self._renew_entries()
@@ -122,12 +119,12 @@ class Preconditioner:
         if due:
             watch.check_captures()
             with span("mkor.reduce"):
-                self._communicator.sum(watch.buffers)
+                watch.reduction.finish(captured=self.gate.passes.unsent)
         with span("mkor.update"):
             self._update(due)
         with span("mkor.precondition"):
-            for batch in watch.batches:
-                batch.precondition(due, options.rescale, options.kl_clip is not None)
+            stage = Stage(due, options.rescale, compare=options.kl_clip is not None)
+            precondition(watch.batches, stage, watch.assignment)
             if options.kl_clip is not None:
                 clip_kl(watch.batches, self._base.param_groups, options.kl_clip)
         self.steps += 1
@@ -136,38 +133,104 @@ class Preconditioner:
         self._passes = self.gate.passes.most or self._passes
         watch.forget()
         self._begin()
-        self._publish()
+        self.ledger.publish()
 
     def finish_step(self) -> None:
         """Decide, after the base's step, whether it was the last one that was preconditioned."""
-        if self.switch is not None and self.switch.look(self.steps, self._communicator):
+        if self.switch is not None and self.switch.look(self.steps, self.communicator):
             self._release()
+
+    def shadow(self) -> None:
+        """Follow a step of other processes, with nothing to add to it."""
+        if not self.active:
+            return
+        for parameter in checkpoint.all_parameters(self._base.param_groups):
+            parameter.grad = None
+        self._watch.forget()
+        self.precondition()
+        self.finish_step()
+
+    def share(self, last: bool) -> None:
+        """Make the factors the same on all processes after some ran out of batches.
+
+        Args:
+            last: Whether this process took every step.
+        """
+        entries = self.ledger.entries.by_parameter.values() if self.active else ()
+        unique = {id(t): t for entry in entries for t in entry.values()}
+        # Released factors are views of a single 0.
+        share_last(self.communicator, [t for t in unique.values() if t.is_contiguous()], last)
+
+    def gradients_finite(self) -> bool:
+        """Whether the base may step: no gradient holds infinities or NaN, on any process."""
+        parameters = checkpoint.all_parameters(self._base.param_groups)
+        return gradients_finite(parameters, self.communicator)
 
     def forget(self) -> None:
         """Drop what was captured since the last step."""
         self._watch.forget()
 
     def notice_new_parameters(self) -> None:
-        """Watch the layers of a group that was added since; a part of a base may have got one."""
-        if len(set(checkpoint.all_parameters(self._base.param_groups))) != len(self._entries):
+        """Watch the layers of a group that was added since, or of parameters that were replaced.
+
+        A part of a base may have got the group; sharding replaces parameters.
+        """
+        same = self.ledger.entries.belong_to(checkpoint.all_parameters(self._base.param_groups))
+        if not same or self.communicator.world_size != self._processes:
             self._rebuild()
 
+    def _agree(self) -> None:
+        """Make sure, at the first step and after loading, that all processes are set up alike."""
+        if self._agreed:
+            return
+        self._check_parameters()
+        facts = {
+            "curvature": repr(self._curvature),
+            "base": type(self._base).__name__,
+            "taken": f"{self.steps} steps and {self.updates} updates",
+            **self.options.facts(),
+            **self._watch.selection.facts(),
+        }
+        check_agreement(self.communicator, facts)
+        self._agreed = True
+
+    def _check_parameters(self) -> None:
+        current = {id(parameter) for parameter in self._model.parameters()}
+        if not any(id(p) in current for p in checkpoint.all_parameters(self._base.param_groups)):
+            raise RuntimeError(
+                "the base optimizer holds none of the model's present parameters: they were "
+                "replaced after it was built, as fully_shard does; shard the model first, then "
+                "build the base and wrap it"
+            )
+
     def _update(self, due: bool) -> None:
-        batches = self._watch.batches
-        bad = [batch.measure() for batch in batches]
+        watch = self._watch
+        batches = watch.batches
+        if due:
+            for batch in batches:
+                batch.read(watch.reduction.totals)
+        measure(batches)
+        bad = [batch.check() for batch in batches]
         if not (due and bad):
             return
         refuse = torch.stack([flag.to(bad[0].device) for flag in bad]).any()
-        scale = 1.0 / (self.loss_scale * self._communicator.world_size)
+        scale = 1.0 / (self.loss_scale * self.communicator.world_size)
         for batch in batches:
             batch.update(refuse.to(batch.shape.device), scale, self.updates)
+        if self._inverting is not None and self._inverting.due(self.updates):
+            renew(batches, self._inverting, refuse, watch.assignment)
 
     def _begin(self) -> None:
         """Prepare for the passes of the next step."""
         rows = self._curvature.rows
         if rows is not None:
-            rows = max(1, rows // (self._passes * self._communicator.world_size))
+            # Gathered, every process's vectors are whole; else all share in each.
+            sharing = 1 if self.options.reduce == "gather" else self.communicator.world_size
+            rows = max(1, rows // (self._passes * sharing))
         self._watch.begin(self.updates, self.steps % self.options.update_every == 0, rows)
+        # Sent at the end of a backward pass only where all processes will certainly do so.
+        early = self._agreed and self.communicator.world_size > 1
+        self.gate.passes.on_end = self._watch.reduction.launch if early else None
         numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
         self._counters.copy_(torch.tensor(numbers, device="cpu"))
 
@@ -211,10 +274,9 @@ class Preconditioner:
 
     def close(self) -> None:
         """Take the hooks off and free the factors."""
-        self._entries.take(self._base.state)
         self.active = False
+        self.ledger.end()
         self._watch.close()
-        self._entries = checkpoint.Entries([], [], {})
 
     def load(self, own: dict[Tensor, dict[str, Any]]) -> None:
         """Continue with the factors of a checkpoint, before or after the switch.
@@ -232,17 +294,20 @@ class Preconditioner:
                 stacklevel=4,
             )
         if own:
-            self._entries.check(own, names, whole=not ended)
+            self.ledger.entries.check(own, names, whole=not ended)
         if not self.active:
             self.active = True
             self._watch.close()
-            self._watch, self._entries = self._build()
+            self._watch = self._build()
         for batch in self._watch.batches:
             batch.reset()
         if self.switch is not None:
             self.switch.reset()
         self._renew_entries()
-        self._entries.copy_from(own)
+        self.ledger.entries.copy_from(own)
+        for batch in self._watch.batches:
+            batch.recover()
+        self._agreed = False
         self.steps, self.updates, self._passes = saved
         if ended:
             self._begin()
@@ -253,93 +318,50 @@ class Preconditioner:
         self._watch.forget()
         self._begin()
 
-    def published(self) -> None:
-        """Show the entries in the base's state from now on."""
-        if self.active:
-            self._publish()
-
-    @contextmanager
-    def withdrawn(self) -> Iterator[None]:
-        """Bases initialise a parameter's state when it is empty, so theirs must be all they see.
-
-        Yields:
-            Nothing.
-        """
-        self._entries.take(self._base.state)
-        try:
-            yield
-        finally:
-            if self._published and self.active:
-                self._entries.put(self._base.state)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """The entries are in the base's state, even after the switch: a checkpoint keeps them.
-
-        Yields:
-            Nothing.
-        """
-        switched = self.switched_at is not None and len(self._entries)
-        if switched:
-            parameters = checkpoint.all_parameters(self._base.param_groups)
-            self._entries.widen(parameters, self._shared)
-            self._entries.put(self._base.state)
-        try:
-            yield
-        finally:
-            if switched:
-                self._entries.take(self._base.state)
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """What every parameter's entry holds, by name."""
+        hybrid = {} if self.switch is None else self.switch.entries
+        return {"counters": self._counters, **hybrid}
 
     def _release(self) -> None:
         """Free the factors for good; keys and shapes of their entries stay, in checkpoints only."""
-        self._entries.take(self._base.state)
         self.active = False
         batches = self._watch.batches
         for batch in batches:
             batch.release()
-        self._entries = self._entries_of(batches)
+        self.ledger.end(batches, self.shared)
         self._refused = sum((b.refused.sum(1).cpu() for b in batches), self._refused)
         self._watch.close(claim=True)
 
-    def _build(self) -> tuple[Watch, checkpoint.Entries]:
-        watch = Watch(
+    def _build(self) -> Watch:
+        # Processes may be initialised after the optimizer was built.
+        self._processes = self.communicator.world_size
+        self.gate.vectors = parts_of(self._curvature, self.options.reduce, self._processes)
+        return Watch(
             self._model,
             list(checkpoint.all_parameters(self._base.param_groups)),
             self._curvature,
             self.gate,
             self.options.skip,
             self.options.skip_output,
-            self._communicator,
+            self.communicator,
+            self.options.reduce == "gather",
             self._close,
         )
-        return watch, self._entries_of(watch.batches)
-
-    @property
-    def _shared(self) -> dict[str, Tensor]:
-        hybrid = {} if self.switch is None else self.switch.entries
-        return {"counters": self._counters, **hybrid}
-
-    def _entries_of(self, batches: list[Any]) -> checkpoint.Entries:
-        parameters = checkpoint.all_parameters(self._base.param_groups)
-        return checkpoint.Entries(batches, parameters, self._shared)
 
     def _rebuild(self) -> None:
-        before = self._entries
-        before.take(self._base.state)
+        before, captured, search = self.ledger.entries, self._watch.sums(), self.gate.search
         self._watch.close()
-        self._watch, self._entries = self._build()
-        self._entries.copy_from(before.by_parameter)
+        self._watch = self._build()
+        self._watch.take_over(captured, search)
+        self._renew_entries()
+        self._agreed = False
+        self.ledger.entries.copy_from(before.by_parameter)
+        self.ledger.entries.copy_layers(before)
         self._watch.apply_decision()
         self._renew_entries()
         self._begin()
 
     def _renew_entries(self) -> None:
-        """Point the entries at the batches' state again after it moved."""
-        self._entries.take(self._base.state)
-        self._entries = self._entries_of(self._watch.batches)
-        if self._published:
-            self._publish()
-
-    def _publish(self) -> None:
-        self._published = True
-        self._entries.put(self._base.state)
+        self.ledger.renew(self._watch.batches, self.shared)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mkor.communication.sharding import local
 from mkor.layers import LayerKind, Role, describe
 
 __all__ = ["WIDEST_OUTPUT", "Layer", "Selection", "Skip", "cleaner", "select"]
@@ -64,12 +65,16 @@ class Layer:
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight, as it multiplies, and bias; none while the weight has none."""
+        """Gradients of weight, as it multiplies, and bias; none while the weight has none.
+
+        Where processes store parts of them, these are the parts that are stored here.
+        """
         weight, bias = self.weight, self.bias
-        grad = weight.grad
-        if grad is None or not weight.requires_grad:
+        if weight.grad is None or not weight.requires_grad:
             return None, None
-        return grad.mT if self.role.transposed else grad, None if bias is None else bias.grad
+        grad = local(weight.grad)
+        b = None if bias is None or bias.grad is None else local(bias.grad)
+        return grad.mT if self.role.transposed else grad, b
 
 
 @dataclass
@@ -85,6 +90,16 @@ class Selection:
     layers: list[Layer] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     others: dict[str, nn.Module] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all processes: each layer's form, and how it is treated."""
+        return {
+            f"layer {layer.name}": f"[{layer.kind.d_out}, {layer.kind.d_in}]"
+            + (" with bias" if layer.has_bias else "")
+            + f" in {layer.weight.dtype}"
+            + (f" ({layer.reason})" if layer.reason else "")
+            for layer in self.layers
+        }
 
 
 def cleaner(model: nn.Module) -> Callable[[str], str]:

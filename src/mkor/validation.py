@@ -10,10 +10,18 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from mkor.communication.sharding import check_sharding
 from mkor.curvature.contract import Curvature
 from mkor.hybrid import LossRateSwitch
 
-__all__ = ["check_base", "check_curvature", "check_model", "check_options", "check_rates"]
+__all__ = [
+    "check_base",
+    "check_curvature",
+    "check_model",
+    "check_options",
+    "check_rates",
+    "check_reduce",
+]
 
 
 _STAND_INS = {"AcceleratedOptimizer", "LightningOptimizer"}
@@ -48,10 +56,7 @@ def check_model(model: object) -> None:
                 raise ValueError(
                     f"{full} is not initialised: run one forward pass before wrapping the optimizer"
                 )
-            if hasattr(parameter, "device_mesh"):
-                raise TypeError(
-                    f"{full} is a sharded DTensor, which is not supported: train with DDP"
-                )
+    check_sharding(model)
 
 
 def check_base(model: nn.Module, optimizer: object, wrapper: type[Optimizer]) -> None:
@@ -168,6 +173,25 @@ def check_rates(groups: Iterable[Mapping[str, object]]) -> None:
         raise ValueError(
             "kl_clip needs the learning rate 'lr' of every parameter group, which this base does "
             "not have: pass kl_clip=None and, for instance, rescale='running'"
+        )
+
+
+def check_reduce(reduce: object, curvature: Curvature) -> None:
+    """Check how processes share an update's vectors.
+
+    Args:
+        reduce: ``"mean"`` or ``"gather"``.
+        curvature: The kind of factor.
+
+    Raises:
+        ValueError: There is no such way, or the curvature takes one mean over all rows.
+    """
+    if reduce not in ("mean", "gather"):
+        raise ValueError(f"reduce must be 'mean' or 'gather', got {reduce!r}")
+    if reduce == "gather" and not curvature.gathers:
+        raise ValueError(
+            f"reduce='gather' keeps the processes' vectors apart, but {type(curvature).__name__} "
+            "takes one mean over all rows: use reduce='mean'"
         )
 
 

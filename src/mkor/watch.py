@@ -11,13 +11,14 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mkor.batches import Batch
-from mkor.capture import ForwardHook, Gate, InertHook, Site
-from mkor.communication import Communicator
+from mkor.capture import AccumulationHook, ForwardHook, Gate, InertHook, Site
+from mkor.communication.communicator import Communicator
+from mkor.communication.reduction import Reduction
 from mkor.curvature.contract import Curvature
 from mkor.hidden import HiddenHook
 from mkor.layout import allocate
 from mkor.output_layer import EagerUntilFound, OutputSearch
+from mkor.renewal import assignment_for
 from mkor.selection import Layer, Skip, select
 
 __all__ = ["Watch"]
@@ -39,12 +40,14 @@ class Watch:
         skip: What the user leaves to the base.
         skip_output: Whether the layers next to the loss are left to the base.
         communicator: The processes that train together.
+        gather: Whether every process contributes vectors of its own.
         close: Closes the owner of this watch, if it lives, when another takes its layers over.
 
     Attributes:
         selection: What was chosen in the model.
         batches: The preconditioned layers by shape.
-        buffers: One flat buffer of sums per device and dtype.
+        reduction: Their sums, by this process and by all.
+        assignment: Who inverts what for others; None where every process inverts all it needs.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Watch:
         skip: Skip,
         skip_output: bool,
         communicator: Communicator,
+        gather: bool,
         close: weakref.WeakMethod[Callable[[], None]],
     ) -> None:
         self.gate = gate
@@ -67,9 +71,9 @@ class Watch:
         self._just_decided = False
         self.selection = select(model, parameters, skip)
         chosen = [layer for layer in self.selection.layers if not layer.reason]
-        self.batches: list[Batch]
-        self.buffers: list[Tensor]
-        self.batches, self.buffers = allocate(chosen, curvature, gate)
+        self.assignment = assignment_for(curvature, communicator)
+        self.batches, buffers = allocate(chosen, curvature, gate, self.assignment)
+        self.reduction = Reduction(buffers, communicator, gather)
         self._close_owner = close
         self._closed = False
         self._claim()
@@ -89,8 +93,33 @@ class Watch:
     def forget(self) -> None:
         """Drop what was captured since the last step."""
         self.gate.forget()
-        for buffer in self.buffers:
-            buffer.zero_()
+        self.reduction.clear()
+
+    def sums(self) -> dict[str, list[Tensor]]:
+        """What was captured since the last step.
+
+        Returns:
+            Sums by layer.
+        """
+        return {
+            layer.name: [site.a, site.g, site.meta]
+            for batch in self.batches
+            for layer, site in zip(batch.layers, batch.sites, strict=True)
+        }
+
+    def take_over(self, sums: dict[str, list[Tensor]], search: OutputSearch | None) -> None:
+        """Go on with what another watch of the model captured in the passes of this step.
+
+        Args:
+            sums: By layer; layers may have come, gone, or got other weights since.
+            search: Its search for the output layers, if that was still on.
+        """
+        for name, mine in self.sums().items():
+            for new, old in zip(mine, sums.get(name, ()), strict=False):
+                if new.shape == old.shape:
+                    new.copy_(old)
+        if self.gate.search is not None and search is not None:
+            self.gate.search = search
 
     def begin(self, updates: int, wanted: bool, rows: int | None) -> None:
         """Prepare the hooks for the passes of the next step.
@@ -187,7 +216,7 @@ class Watch:
         self._finalizer.detach()
         _release(self._handles, self.gate, None)
         self._end_search()
-        self.batches, self.buffers = [], []
+        self.batches, self.reduction = [], Reduction([], self._communicator, gather=False)
 
     def _claim(self) -> None:
         """Be the only watch of these layers."""
@@ -221,9 +250,8 @@ class Watch:
             for module in layer.modules:
                 self._hook(module, self._hook_of(layer, site))
             if site is not None and layer.weight.requires_grad:
-                counter = self.gate.passes.counter(layer.name, self.gate)
+                counter = AccumulationHook(self.gate, layer.name, site.sharded)
                 self._handles.append(layer.weight.register_post_accumulate_grad_hook(counter))
-
         if self.gate.search is not None:
             for name, module in self.selection.others.items():
                 self._hook(module, ForwardHook(self.gate, name, None))

@@ -158,6 +158,13 @@ def add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--json", metavar="FILE", help="write all figures there")
     add("--quiet", action="store_true", help="no progress, only the result")
     add_sizes(parser)
+    add(
+        "--processes",
+        type=whole(2),
+        metavar="N",
+        help="instead of timing, train on N processes and count the bytes that they send, per step "
+        "and layer (--model bert-base-shapes has the matrices of BERT)",
+    )
     scaling = parser.add_argument_group("one layer by itself, without training")
     scaling.add_argument(
         "--scaling",

@@ -19,6 +19,7 @@ from .errors import UnknownNameError, UsageError
 from .files import FORMAT, plain
 from .machine import environment
 from .optimizers import check
+from .processes import processes
 from .progress import make_progress
 from .scaling import scaling
 from .tables import bytes_text, print_table
@@ -175,6 +176,8 @@ def overhead(arguments: argparse.Namespace) -> int:
         UsageError: If the figures cannot be written where they should go, or an option of
             `--scaling` comes without it.
     """
+    if arguments.processes:
+        return processes(arguments)
     if arguments.scaling:
         return scaling(arguments)
     if arguments.widths or arguments.plot:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mkor
 from mkor.capture import Gate
-from mkor.curvature.contract import SIDES, BatchShape, Curvature, Statistics
+from mkor.curvature.contract import SIDES, BatchShape, Curvature, Inverting, Statistics
 from mkor.layout import allocate
 from mkor.selection import select
 
@@ -130,6 +130,19 @@ def repeat(work: Work, reset: Work, seconds: float) -> Timed:
     return Timed(statistics.median(times[1:]), len(times) - 1)
 
 
+def take_update(curvature: Curvature, state: dict[str, Tensor], figures: Statistics) -> None:
+    """An update, with the inversion that goes with it.
+
+    Args:
+        curvature: The kind of factor.
+        state: Its state, changed in place.
+        figures: The statistics.
+    """
+    curvature.update(state, figures)
+    if isinstance(curvature, Inverting) and curvature.due(figures.update):
+        curvature.renew(state, state["updates"] > 0)
+
+
 def time_parts(method: Method, width: int, seconds: float) -> Iterator[tuple[str, Timed]]:
     """Times the parts of a method at one width.
 
@@ -150,7 +163,7 @@ def time_parts(method: Method, width: int, seconds: float) -> Iterator[tuple[str
         curvature.apply(curvature.prepare(state, shape), W, None, ok)
 
     works: dict[str, Work] = {
-        "update": lambda: curvature.update(state, figures),
+        "update": lambda: take_update(curvature, state, figures),
         "precondition": precondition,
     }
     for part in method.parts:

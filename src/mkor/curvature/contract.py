@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["SIDES", "BatchShape", "Curvature", "Statistics"]
+__all__ = ["SIDES", "BatchShape", "Block", "Curvature", "Inverting", "Statistics"]
 
 SIDES = ("left", "right")
 
@@ -84,6 +84,32 @@ class Statistics:
     covariance: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Which part of ``[W b]`` is here, where several processes each store one.
+
+    The other parts of ``W [d_out, d_in]`` lie above and below it, or beside it. It may be empty.
+
+    Attributes:
+        rows: Rows of ``W``.
+        columns: Columns of ``W``.
+        bias: Entries of ``b``, the same as ``rows`` where rows are cut; empty without a bias.
+        shape: ``d_out`` and ``d_in`` of the whole.
+        cut: ``"rows"`` or ``"columns"``, the same for all parts: one part may be everything.
+    """
+
+    rows: slice
+    columns: slice
+    bias: slice
+    shape: tuple[int, int]
+    cut: str
+
+    def __hash__(self) -> int:
+        # Slices have none before Python 3.12.
+        places = (self.rows, self.columns, self.bias)
+        return hash((*((s.start, s.stop) for s in places), self.shape, self.cut))
+
+
 class Curvature(Protocol):
     """A kind of factor. Its state is a dict of tensors with one row per layer.
 
@@ -106,6 +132,10 @@ class Curvature(Protocol):
     def covariance(self) -> bool:
         """Whether updates need the full covariance of each side, from all rows."""
 
+    @property
+    def gathers(self) -> bool:
+        """Whether an update may have more than ``vectors``, from several processes."""
+
     def init(self, shape: BatchShape) -> dict[str, Tensor]:
         """Allocate the state: no update taken, every side the identity."""
 
@@ -122,6 +152,32 @@ class Curvature(Protocol):
         returns which came through.
         """
 
+    def project(
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
+    ) -> Tensor:
+        """``[B, n]``: what :meth:`complete` needs to know, once it is summed over all blocks.
+
+        ``W [B, rows, columns]`` and ``b [B, bias]`` are the block's parts of the gradients; ``b``
+        is None where layers have no bias, or its gradient is not there. The numbers are of the
+        arithmetic's dtype, and as many on every process.
+        """
+
+    def complete(
+        self,
+        prepared: dict[str, Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        projected: Tensor,
+        ok: Tensor,
+        block: Block,
+    ) -> Tensor:
+        """Turn a block into its part of what :meth:`apply` makes of the whole, in place.
+
+        ``projected`` is the sum over all blocks. Layers that are not ``ok [B]``, or whose product
+        is not finite, or nearly leaves the dtype's range, in any block, stay bitwise as they are
+        in all of them; returns which came through, the same for every block.
+        """
+
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Diagnostic numbers, each ``[B]``."""
 
@@ -130,3 +186,30 @@ class Curvature(Protocol):
 
     def cost(self, shape: BatchShape) -> int:
         """Floating-point operations of :meth:`apply` for one layer."""
+
+
+@runtime_checkable
+class Inverting(Curvature, Protocol):
+    """A kind of factor whose inverses take long, and are renewed apart from updates.
+
+    One process can then do it for others; see :class:`mkor.communication.assignment.Assignment`.
+    """
+
+    @property
+    def grad_worker_fraction(self) -> float:
+        """Which share of the processes holds a layer's inverses."""
+
+    def due(self, update: int) -> bool:
+        """Whether inverses are renewed with an update; ``update`` is the number before it."""
+
+    def renew(self, state: dict[str, Tensor], where: Tensor) -> None:
+        """Invert the averages of the layers ``where [B]``, without synchronising the device."""
+
+    def shared(self, state: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What :meth:`renew` changes: the inverses, and small notes that every process has."""
+
+    def without_inverses(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a process that leaves the layers to others: zeros without memory."""
+
+    def recover(self, state: dict[str, Tensor]) -> None:
+        """Invert anew, after loading, what the process that wrote the state left to others."""

@@ -15,8 +15,14 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
-from mkor.curvature.contract import BatchShape, Statistics
-from mkor.curvature.explicit import apply_inverses, identities, inverse_cost
+from mkor.curvature.contract import BatchShape, Block, Statistics
+from mkor.curvature.explicit import (
+    apply_inverses,
+    complete_inverses,
+    identities,
+    inverse_cost,
+    place_block,
+)
 
 __all__ = ["RULES", "DenseInverse", "Rule", "rule_of"]
 
@@ -96,6 +102,7 @@ class DenseInverse:
     epsilon: float | None = 10.0
     zeta: float = 0.4
     factor_dtype: torch.dtype | None = None
+    gathers: ClassVar[bool] = True
     covariance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -193,6 +200,46 @@ class DenseInverse:
             ``ok`` less the layers whose product is not finite.
         """
         return apply_inverses(prepared, W, b, ok)
+
+    def project(
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
+    ) -> Tensor:
+        """The whole gradient, of which a block is here.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``, the block of the weight's gradient.
+            b: ``[B, bias]``, that of the bias's gradient, or None.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``[B, n]``, to be summed over the blocks.
+        """
+        return place_block(W, b, block)
+
+    def complete(
+        self,
+        prepared: dict[str, Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        projected: Tensor,
+        ok: Tensor,
+        block: Block,
+    ) -> Tensor:
+        """The block of what :meth:`apply` makes of the whole, in place.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``.
+            b: ``[B, bias]``, or None.
+            projected: ``[B, n]``, summed over the blocks.
+            ok: ``[B]`` bool; other layers stay as they are.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``ok`` less the layers whose products may not be finite.
+        """
+        return complete_inverses(prepared, W, b, projected, ok, block)
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """The stabilizer's norm and the trace of each side.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.curvature.checks import check_fraction, check_positive
-from mkor.curvature.contract import SIDES, BatchShape, Statistics
+from mkor.curvature.contract import SIDES, BatchShape, Block, Statistics
 
 __all__ = ["RankOne"]
 
@@ -40,6 +40,7 @@ class RankOne:
     damping: float = 0.03
     vectors: ClassVar[int] = 1
     rows: ClassVar[int | None] = None
+    gathers: ClassVar[bool] = False
     covariance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -110,20 +111,57 @@ class RankOne:
         Returns:
             ``ok`` less the layers whose vectors or product are not finite.
         """
+        d_out, d_in = W.shape[1:]
+        rows = slice(d_out)
+        block = Block(rows, slice(d_in), rows, (d_out, d_in), "rows")
+        c = linalg.rank_one_coefficient(prepared["right"], prepared["left"], W, b, self.damping)
+        return self._subtract(prepared, W, b, c, linalg.largest_entry(W, b), ok, block)
+
+    def project(
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
+    ) -> Tensor:
+        """``g^T [W b] [a 1]`` and the largest entry, two numbers.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``, the block of the weight's gradient.
+            b: ``[B, bias]``, that of the bias's gradient, or None.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``[B, n]``, to be summed over the blocks.
+        """
         a, g = prepared["right"], prepared["left"]
-        d = W.shape[-1]
-        c = linalg.rank_one_coefficient(a, g, W, b, self.damping)
-        cg = c.unsqueeze(1) * g
-        # Nothing the product is made of may leave the dtype's range.
-        bound = linalg.largest_entry(W, b) + cg.abs().amax(1) * a.abs().amax(1)
-        ok = ok & (bound / self.damping).isfinite()
-        cg = torch.where(ok.unsqueeze(1), cg, 0.0)
-        a = torch.where(ok.unsqueeze(1), a, 0.0)
-        scale = torch.where(ok, torch.full_like(c, 1 / self.damping), 1.0)
-        W.addcmul_(cg.unsqueeze(2), a[:, :d].unsqueeze(1), value=-1).mul_(scale[:, None, None])
+        product = linalg.bilinear(g[:, block.rows], W, a[:, block.columns])
         if b is not None:
-            b.sub_(cg * a[:, d:]).mul_(scale.unsqueeze(1))
-        return ok
+            product = product + (g[:, block.bias] * b).sum(1) * a[:, -1]
+        return torch.stack((product, linalg.largest_entry(W, b)), dim=1)
+
+    def complete(
+        self,
+        prepared: dict[str, Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        projected: Tensor,
+        ok: Tensor,
+        block: Block,
+    ) -> Tensor:
+        """The block of what :meth:`apply` makes of the whole, in place.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``.
+            b: ``[B, bias]``, or None.
+            projected: ``[B, n]``, summed over the blocks.
+            ok: ``[B]`` bool; other layers stay as they are.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``ok`` less the layers whose vectors or product are not finite.
+        """
+        product, largest = projected.unbind(1)
+        c = product / linalg.rank_one_denominator(prepared["right"], prepared["left"], self.damping)
+        return self._subtract(prepared, W, b, c, largest, ok, block)
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Norms of the averaged vectors.
@@ -159,3 +197,28 @@ class RankOne:
             The number of floating-point operations.
         """
         return 5 * shape.d_out * shape.full_width("right")
+
+    def _subtract(
+        self,
+        prepared: dict[str, Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        c: Tensor,
+        largest: Tensor,
+        ok: Tensor,
+        block: Block,
+    ) -> Tensor:
+        """``([W b] - c g [a 1]^T) / delta`` on a block, in place, where that is finite."""
+        a, g = prepared["right"], prepared["left"]
+        cg = c.unsqueeze(1) * g
+        # Nothing the product is made of may leave the dtype's range.
+        bound = largest + cg.abs().amax(1) * a.abs().amax(1)
+        ok = ok & (bound / self.damping).isfinite()
+        cg = torch.where(ok.unsqueeze(1), cg, 0.0)
+        a = torch.where(ok.unsqueeze(1), a, 0.0)
+        scale = torch.where(ok, torch.full_like(c, 1 / self.damping), 1.0)
+        W.addcmul_(cg[:, block.rows, None], a[:, None, block.columns], value=-1)
+        W.mul_(scale[:, None, None])
+        if b is not None:
+            b.sub_(cg[:, block.bias] * a[:, -1:]).mul_(scale.unsqueeze(1))
+        return ok

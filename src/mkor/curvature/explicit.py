@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.curvature.contract import BatchShape
+from mkor.curvature.contract import BatchShape, Block
 
-__all__ = ["apply_inverses", "identities", "inverse_cost"]
+__all__ = ["apply_inverses", "complete_inverses", "identities", "inverse_cost", "place_block"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _MULTIPLY = {"left": linalg.multiply_left, "right": linalg.multiply_right}
@@ -65,6 +65,77 @@ def apply_inverses(inverses: dict[str, Tensor], W: Tensor, b: Tensor | None, ok:
         b.copy_(torch.where(ok.unsqueeze(1), p, b))
     W.copy_(torch.where(ok[:, None, None], P, W))
     return ok
+
+
+def place_block(W: Tensor, b: Tensor | None, block: Block) -> Tensor:
+    """The whole ``[W b]``, zero where other processes have it.
+
+    Args:
+        W: ``[B, rows, columns]``.
+        b: ``[B, bias]`` or None.
+        block: Which part of the layers they are.
+
+    Returns:
+        ``[B, d_out (d_in (+ 1))]``.
+    """
+    d_out, d_in = block.shape
+    M = W.new_zeros(len(W), d_out, d_in + (b is not None))
+    M[:, block.rows, block.columns] = W
+    if b is not None:
+        M[:, block.bias, d_in] = b
+    return M.flatten(1)
+
+
+def complete_inverses(
+    inverses: dict[str, Tensor],
+    W: Tensor,
+    b: Tensor | None,
+    projected: Tensor,
+    ok: Tensor,
+    block: Block,
+) -> Tensor:
+    """A block of ``L^-1 [W b] R^-1``, in place; no other block is computed.
+
+    Args:
+        inverses: By side, ``[B, d, d]``.
+        W: ``[B, rows, columns]``.
+        b: ``[B, bias]`` or None.
+        projected: The sum over all blocks of what :func:`place_block` returns.
+        ok: ``[B]`` bool; other layers stay as they are.
+        block: Which part of the layers they are.
+
+    Returns:
+        ``ok`` less the layers whose product may not be finite; these stay as they are too.
+    """
+    M = projected.unflatten(1, (block.shape[0], -1))
+    L, R = inverses.get("left"), inverses.get("right")
+    if R is not None:
+        R = R[:, : M.shape[2], : M.shape[2]]
+    # No process sees all of the product, so its size is bounded before it is made.
+    bound = 2 * linalg.largest_entry(M, None)
+    for H in (L, R):
+        if H is not None:
+            bound = bound * linalg.row_sum_norm(H).clamp(min=1)
+    ok = ok & bound.isfinite()
+    if block.cut == "rows":
+        P = _some_rows(L, M, R, block.rows, last=False)
+    else:
+        P = _some_rows(R, M.mT, L, block.columns, last=b is not None).mT
+    if b is not None:
+        p = P[:, :, -1] if block.cut == "rows" else P[:, block.bias, -1]
+        b.copy_(torch.where(ok.unsqueeze(1), p, b))
+    W.copy_(torch.where(ok[:, None, None], P[..., : W.shape[2]], W))
+    return ok
+
+
+def _some_rows(H: Tensor | None, M: Tensor, K: Tensor | None, rows: slice, *, last: bool) -> Tensor:
+    """Those rows of ``H M K``, and the last if asked for; None stands for the identity."""
+    first = M if H is None else H
+    picked = first[:, rows]
+    if last:
+        picked = torch.cat([picked, first[:, -1:]], dim=1)
+    P = picked if H is None else _multiply("left", picked, M, None)[0]
+    return P if K is None else _multiply("right", K, P, None)[0]
 
 
 def _multiply(side: str, H: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.curvature.checks import check_counts, check_fraction, check_positive
-from mkor.curvature.contract import SIDES, BatchShape, Statistics
-from mkor.curvature.explicit import apply_inverses, identities, inverse_cost
+from mkor.curvature.contract import SIDES, BatchShape, Block, Statistics
+from mkor.curvature.explicit import (
+    apply_inverses,
+    complete_inverses,
+    identities,
+    inverse_cost,
+    place_block,
+)
 
 __all__ = ["Covariance"]
 
@@ -34,13 +40,17 @@ class Covariance:
     State, per side: ``covariance [B, d, d]`` (not bias-corrected) and ``inverse [B, d, d]``; for
     both: ``updates [B]``, ``damping_factor [B]``, what failed factorisations made of the damping,
     and ``inverted [B]``, whether there is an inverse yet. While a factorisation fails, the last
-    good inverse stays in use; a layer without any keeps its raw gradient.
+    good inverse stays in use; a layer without any keeps its raw gradient. Averages are updated on
+    every process, inverses are renewed apart from that, by one process for others; where others
+    alone use them, all inverses are 0 and take no memory.
 
     Attributes:
         momentum: ``gamma``, in (0, 1).
         damping: ``lambda``, positive, in the units of the covariances.
         inverse_every: Updates between inversions, the first included.
         pi_correction: Whether the sides share the damping; needs both sides.
+        grad_worker_fraction: Which share of the processes holds a layer's inverses and
+            preconditions its gradient, over 0 to 1.
 
     Raises:
         ValueError: A number is out of its range.
@@ -51,14 +61,21 @@ class Covariance:
     damping: float = 0.001
     inverse_every: int = 1
     pi_correction: bool = False
+    grad_worker_fraction: float = 1.0
     vectors: ClassVar[int] = 1
     rows: ClassVar[int | None] = None
+    gathers: ClassVar[bool] = False
     covariance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts(self, "inverse_every")
         check_fraction(self, "momentum")
-        check_positive(self, "damping")
+        check_positive(self, "damping", "grad_worker_fraction")
+        if self.grad_worker_fraction > 1:
+            raise ValueError(
+                "grad_worker_fraction must be at most 1, all processes, got "
+                f"{self.grad_worker_fraction}"
+            )
         if not isinstance(self.pi_correction, bool):
             raise TypeError(f"pi_correction must be True or False, got {self.pi_correction!r}")
 
@@ -87,7 +104,7 @@ class Covariance:
         return state
 
     def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
-        """Average the covariances, and invert them where it is time.
+        """Average the covariances; their inverses wait for :meth:`renew`.
 
         Args:
             state: Changed in place; the averages of layers that do not accept stay as they are.
@@ -100,13 +117,25 @@ class Covariance:
             weight = use.to(average.dtype) * (1 - self.momentum)
             average.lerp_(torch.where(use, new, 0.0), weight)
         state["updates"] += accept
-        if statistics.update % self.inverse_every == 0:
-            # Layers without data in just this step have older averages, but good ones.
-            known = state["updates"] > 0
-            refused = statistics.refused
-            self._invert(state, known if refused is None else known & ~refused)
 
-    def _invert(self, state: dict[str, Tensor], where: Tensor) -> None:
+    def due(self, update: int) -> bool:
+        """Whether inverses are to be renewed with an update.
+
+        Args:
+            update: Updates of the optimizer before it.
+
+        Returns:
+            Whether it is time.
+        """
+        return update % self.inverse_every == 0
+
+    def renew(self, state: dict[str, Tensor], where: Tensor) -> None:
+        """Invert the averages, without synchronising the device.
+
+        Args:
+            state: Changed in place.
+            where: ``[B]`` bool, the layers it is for; they must have taken an update.
+        """
         factor = state["damping_factor"]
         steps = linalg.bias_correction(state["updates"], self.momentum, factor.dtype)
         sides = [side for side in SIDES if f"{side}_covariance" in state]
@@ -122,6 +151,51 @@ class Covariance:
         changed = torch.where(good, (factor / 2).clamp(min=1.0), (factor * GROWTH).clamp(max=MOST))
         factor.copy_(torch.where(where, changed, factor))
         state["inverted"] |= where & good
+
+    def shared(self, state: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What :meth:`renew` changes.
+
+        Args:
+            state: The factors.
+
+        Returns:
+            Of one dtype: the inverses; and what is known of them on every process, small.
+        """
+        inverses = [tensor for key, tensor in state.items() if key.endswith("_inverse")]
+        return inverses, [state["damping_factor"], state["inverted"]]
+
+    def without_inverses(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a process that leaves the layers to others.
+
+        Args:
+            state: The factors.
+
+        Returns:
+            The same keys and shapes; zeros without memory for the inverses.
+        """
+        return {
+            key: tensor.new_zeros(()).expand(tensor.shape) if key.endswith("_inverse") else tensor
+            for key, tensor in state.items()
+        }
+
+    def recover(self, state: dict[str, Tensor]) -> None:
+        """Invert anew after loading what the process that wrote the state left to others.
+
+        Averages are still those of the checkpoint, so the inverses are the lost ones if they were
+        renewed in its last update. The damping stays: other processes have nothing to invert.
+
+        Args:
+            state: As it was loaded; changed in place.
+        """
+        inverses, _ = self.shared(state)
+        # The diagonal of an inverse is positive. A checkpoint may mix tensors of several processes.
+        empty = [(H.diagonal(dim1=1, dim2=2) == 0).all(1) for H in inverses]
+        lost = state["inverted"] & torch.stack(empty).any(0)
+        if lost.any():
+            damping_factor = state["damping_factor"].clone()
+            state["inverted"] &= ~lost
+            self.renew(state, lost)
+            state["damping_factor"].copy_(damping_factor)
 
     def _dampings(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
         scale = {side: S.diagonal(dim1=1, dim2=2).mean(1) for side, S in averages.items()}
@@ -159,6 +233,48 @@ class Covariance:
         """
         inverses = {side: prepared[side] for side in SIDES if side in prepared}
         return apply_inverses(inverses, W, b, ok & prepared["inverted"])
+
+    def project(
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
+    ) -> Tensor:
+        """The whole gradient, of which a block is here.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``, the block of the weight's gradient.
+            b: ``[B, bias]``, that of the bias's gradient, or None.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``[B, n]``, to be summed over the blocks.
+        """
+        return place_block(W, b, block)
+
+    def complete(
+        self,
+        prepared: dict[str, Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        projected: Tensor,
+        ok: Tensor,
+        block: Block,
+    ) -> Tensor:
+        """The block of what :meth:`apply` makes of the whole, in place.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``.
+            b: ``[B, bias]``, or None.
+            projected: ``[B, n]``, summed over the blocks.
+            ok: ``[B]`` bool; other layers stay as they are.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``ok`` less the layers without an inverse, or whose products may not be finite.
+        """
+        inverses = {side: prepared[side] for side in SIDES if side in prepared}
+        ok = ok & prepared["inverted"]
+        return complete_inverses(inverses, W, b, projected, ok, block)
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Mean eigenvalue of each covariance, and what failures made of the damping.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
+from mkor.curvature.blocks import complete_window, project_window
 from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
-from mkor.curvature.contract import BatchShape, Statistics
+from mkor.curvature.contract import BatchShape, Block, Statistics
 
 __all__ = ["Window"]
 
@@ -50,6 +51,7 @@ class Window:
     momentum: float = 0.98
     damping: float = 0.02
     factor_dtype: torch.dtype | None = None
+    gathers: ClassVar[bool] = True
     covariance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class Window:
             state: Changed in place; layers that do not accept stay as they are.
             statistics: Of this update.
         """
-        accept, k = statistics.accept, self.vectors
+        accept, k = statistics.accept, statistics.filled.shape[1]
         made = statistics.filled.sum(1)
         # Filled slots first, in order; the rest of the k places is written back as it was.
         order = (~statistics.filled).long().argsort(dim=1, stable=True)
@@ -193,6 +195,46 @@ class Window:
             u = prepared["bias"] if "bias" in prepared else U.new_zeros(U.shape[:-1])
             ok = linalg.subtract_right(U, u, W, b, ok)
         return ok
+
+    def project(
+        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
+    ) -> Tensor:
+        """``U_L [W b]`` where rows are cut, ``[W b] [U_R u]^T`` where columns are.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``, the block of the weight's gradient.
+            b: ``[B, bias]``, that of the bias's gradient, or None.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``[B, n]``, to be summed over the blocks.
+        """
+        return project_window(prepared, W, b, block)
+
+    def complete(
+        self,
+        prepared: dict[str, Tensor],
+        W: Tensor,
+        b: Tensor | None,
+        projected: Tensor,
+        ok: Tensor,
+        block: Block,
+    ) -> Tensor:
+        """The block of what :meth:`apply` makes of the whole, in place.
+
+        Args:
+            prepared: Rows of what :meth:`prepare` returned.
+            W: ``[B, rows, columns]``.
+            b: ``[B, bias]``, or None.
+            projected: ``[B, n]``, summed over the blocks.
+            ok: ``[B]`` bool; other layers stay as they are.
+            block: Which part of the layers they are.
+
+        Returns:
+            ``ok`` less the layers whose window or products are not finite.
+        """
+        return complete_window(prepared, W, b, projected, ok, block)
 
     def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Damping and effective rank of each side.

@@ -1,0 +1,1 @@
+"""Everything that passes between processes; the only importers of ``torch.distributed``."""
