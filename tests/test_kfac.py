@@ -10,7 +10,7 @@ import oracles_dense as oracles
 from cases import UNGROUPED, convolution
 from following import backward, entry, error, follow, images, mlp, net, points
 from mkor import KFAC, MKOR, Covariance, DenseMKOR, Eva
-from mkor.curvature.contract import BatchShape
+from mkor.curvature.contract import BatchShape, Statistics
 from oracles_dense import KFACLayer
 from recording import Recorder, gradients
 
@@ -367,6 +367,25 @@ def averaged(layers=3, sides=SIDES):
 def inverted(state, side):
     S = 2 * state[f"{side}_covariance"]
     return torch.linalg.inv(S + 0.1 * torch.eye(S.shape[-1], dtype=F64))
+
+
+def test_update_averages_and_no_more():
+    """Inverses wait for ``renew``, though they are due with every update."""
+    state = averaged()
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    vectors = {side: torch.randn(3, 1, 4, dtype=F64) for side in SIDES}
+    squares, filled = dict.fromkeys(SIDES, torch.ones(3, dtype=F64)), torch.ones(3, 1) > 0
+    accept, new = (
+        torch.tensor([True, False, True]),
+        {"left": torch.eye(4, dtype=F64).repeat(3, 1, 1)},
+    )
+    APART.update(state, Statistics(vectors, squares, filled, accept, 0, covariance=new))
+    assert APART.due(0)
+    changed = {key for key, tensor in state.items() if not torch.equal(tensor, before[key])}
+    assert changed == {"left_covariance", "updates"}
+    expected = 0.5 * before["left_covariance"] + 0.5 * new["left"]
+    torch.testing.assert_close(state["left_covariance"][::2], expected[::2])
+    assert torch.equal(state["left_covariance"][1], before["left_covariance"][1])
 
 
 def test_renew_where_it_is_asked():

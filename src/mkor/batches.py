@@ -105,6 +105,18 @@ class Batch:
             state = self.curvature.without_inverses(state)
         return {**state, "norms": norms, "output": output}
 
+    def fingerprint(self) -> Tensor:
+        """A number that other factors would not have; inverses that follow from them apart.
+
+        Returns:
+            0-dim float64.
+        """
+        left_out: set[int] = set()
+        if isinstance(self.curvature, Inverting):
+            left_out = {id(inverse) for inverse in self.curvature.shared(self.state)[0]}
+        kept = [tensor for tensor in self.state.values() if id(tensor) not in left_out]
+        return torch.stack([tensor.sum(dtype=torch.float64) for tensor in kept]).sum()
+
     def recover(self) -> None:
         """After loading, make anew what the process that saved it had left to others."""
         if self.keeps and isinstance(self.curvature, Inverting):

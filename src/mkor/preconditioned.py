@@ -292,7 +292,15 @@ class Preconditioned(Optimizer, Joinable):
 
         Returns:
             What this process does once it has no more batches.
+
+        Raises:
+            ValueError: Others would need it to precondition gradients, which it does not get then.
         """
+        if self._preconditioner.shares_gradients:
+            raise ValueError(
+                "Join needs grad_worker_fraction=1.0: with less, some layers are preconditioned by "
+                "one process for others, which it cannot do once it has run out of batches"
+            )
         return Shadow(self._preconditioner.shadow, self._preconditioner.share)
 
     @property

@@ -18,6 +18,7 @@ from mkor.capture import Gate
 from mkor.clipping import clip_kl, gradients_finite
 from mkor.communication.agreement import check_agreement
 from mkor.communication.communicator import Communicator
+from mkor.communication.sharding import check_sharding, reshard
 from mkor.communication.uneven import share_last
 from mkor.coverage import Coverage, report
 from mkor.curvature.contract import Curvature, Inverting
@@ -150,13 +151,19 @@ class Preconditioner:
         self.precondition()
         self.finish_step()
 
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether some processes get preconditioned gradients from others."""
+        assignment = self._watch.assignment
+        return assignment is not None and assignment.shares_gradients
+
     def share(self, last: bool) -> None:
         """Make the factors the same on all processes after some ran out of batches.
 
         Args:
             last: Whether this process took every step.
         """
-        entries = self.ledger.entries.by_parameter.values() if self.active else ()
+        entries = self.ledger.entries.by_parameter.values()
         unique = {id(t): t for entry in entries for t in entry.values()}
         # Released factors are views of a single 0.
         share_last(self.communicator, [t for t in unique.values() if t.is_contiguous()], last)
@@ -184,17 +191,29 @@ class Preconditioner:
         if self._agreed:
             return
         self._check_parameters()
+        if self.communicator.world_size == 1:
+            self._agreed = True
+            return
         facts = {
             "curvature": repr(self._curvature),
             "base": type(self._base).__name__,
             "taken": f"{self.steps} steps and {self.updates} updates",
+            "factors": self._fingerprint(),
             **self.options.facts(),
             **self._watch.selection.facts(),
         }
         check_agreement(self.communicator, facts)
         self._agreed = True
 
+    def _fingerprint(self) -> str:
+        """What distinguishes the factors of one checkpoint from another's."""
+        if not self.updates:
+            return "of a new optimizer"
+        sums = [batch.fingerprint().item() for batch in self._watch.batches]
+        return f"with the checksum {sum(sums)!r}"
+
     def _check_parameters(self) -> None:
+        """Raise if the base holds parameters that are no longer the model's."""
         current = {id(parameter) for parameter in self._model.parameters()}
         if not any(id(p) in current for p in checkpoint.all_parameters(self._base.param_groups)):
             raise RuntimeError(
@@ -243,6 +262,7 @@ class Preconditioner:
             See :meth:`mkor.Preconditioned.coverage`.
         """
         if self.active:
+            reshard(self._model)
             self.notice_new_parameters()
         watch, groups = self._watch, self._base.param_groups
         ended = "the wrapper is closed"
@@ -335,6 +355,8 @@ class Preconditioner:
         self._watch.close(claim=True)
 
     def _build(self) -> Watch:
+        check_sharding(self._model)
+        reshard(self._model)
         # Processes may be initialised after the optimizer was built.
         self._processes = self.communicator.world_size
         self.gate.vectors = parts_of(self._curvature, self.options.reduce, self._processes)
@@ -359,6 +381,9 @@ class Preconditioner:
         self._agreed = False
         self.ledger.entries.copy_from(before.by_parameter)
         self.ledger.entries.copy_layers(before)
+        # More layers may have moved the others' inverses to other processes.
+        for batch in self._watch.batches:
+            batch.recover()
         self._watch.apply_decision()
         self._renew_entries()
         self._begin()

@@ -35,7 +35,8 @@ ITEM = 4
 NOTE = """
 bytes that a process hands to collectives in a step, counted at torch's dispatcher (a broadcast
 counts for who has the data), mean over processes and over the steps between two updates;
-beside gradients: all other kinds over the gradients' bytes; theory: what these kinds should be;
+beside gradients: all other kinds over the gradients' bytes; theory: what these kinds should be for
+the layers that are preconditioned (sums of output layers, left to the base, are sent too);
 sent: what the kernel sent over TCP, and that over what the collectives make optimal algorithms
 send (an all-reduce of n bytes over W processes: 2 n (W-1)/W)
 """

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard as Cut
 
 from mkor.curvature.contract import Block
 
-__all__ = ["Shard", "check_sharding", "local", "shard_of"]
+__all__ = ["Shard", "check_sharding", "local", "reshard", "shard_of"]
 
 INSTEAD = "train with fully_shard (FSDP2) alone, or with DistributedDataParallel"
 
@@ -56,6 +56,20 @@ def local(gradient: Tensor) -> Tensor:
         A plain tensor.
     """
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back into the modules, where a forward pass alone left whole weights.
+
+    ``fully_shard`` leaves its outermost group so until the next backward pass; layers then seem to
+    hold other parameters than the base optimizer. Must not be called between the two passes.
+
+    Args:
+        model: The model.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_sharding(model: nn.Module) -> None:

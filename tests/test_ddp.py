@@ -1,0 +1,234 @@
+"""DistributedDataParallel on 1, 2 and 3 processes: equal to one process on the whole batch."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mkor
+from parallel import (
+    DENSE,
+    EVERY,
+    F32,
+    LONG,
+    SHORT,
+    WHOLE,
+    Case,
+    ConvNet,
+    Mlp,
+    Small,
+    Tokens,
+    assert_effective,
+    assert_equal,
+    assert_in_step,
+    base_of,
+    reference,
+    train,
+)
+from processes import Launches
+
+LONELY = {"find_unused_parameters": True}
+CHUNKS = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9}
+SWITCH = mkor.LossRateSwitch(fraction=0.9, smoothing=0.5, patience=0.0, warmup=3, every=2)
+COMPILED = {"setup": {"compile": "inside"}}
+
+EXACT = {
+    "linear, float32": Case(dtype=F32, steps=LONG),
+    "linear": Case(steps=LONG),
+    "convolutions, float32": Case(ConvNet, dtype=F32, steps=LONG),
+    "convolutions": Case(ConvNet, every="uneven", steps=LONG),
+    "transposed": Case(Tokens, every="uneven", steps=LONG),
+    "over AdamW": Case(base="adamw", every="uneven"),
+    "DDP first": Case(setup={"order": "DDP first"}),
+    "DDP first, wrapped as a whole": Case(setup={"order": "whole"}),
+    "views into buckets": Case(setup={"gradient_as_bucket_view": True}, every="uneven"),
+    "static graph": Case(setup={"static_graph": True}),
+    "accumulation, float32": Case(micro=3, dtype=F32, steps=LONG),
+    "accumulation": Case(micro=3, every="uneven", steps=LONG),
+    "accumulation, convolutions": Case(ConvNet, micro=2, steps=LONG),
+    "other numbers of micro-batches": Case(micro=0, every="uneven"),
+    "accumulation, always reduced": Case(micro=2, eager_sync=True),
+    "a lonely layer, float32": Case(every="lonely", setup=LONELY, dtype=F32, steps=LONG),
+    "a lonely layer": Case(every="lonely", setup=LONELY, steps=LONG),
+    "a lonely layer, accumulation": Case(every="lonely", setup=LONELY, micro=2),
+    "a lonely layer without rows": Case(every="lonely", setup={"touch": True}),
+    "uneven last batches": Case(every="uneven", now_and_then="few", period=5, steps=LONG),
+    "a process without rows": Case(every="uneven", now_and_then="none"),
+    "a process without rows, convolutions": Case(ConvNet, now_and_then="none"),
+    "a process that never has rows": Case(every="none", now_and_then="none"),
+    "a closure": Case(closure=True),
+    "clipped": Case(clip=True, every="uneven"),
+    "dropped passes": Case(dropped=True, micro=2),
+    "every other step": Case(options=WHOLE | {"update_every": 2}, every="uneven"),
+    "every third step, accumulation": Case(options=WHOLE | {"update_every": 3}, micro=2),
+    "rescaled each step": Case(options=WHOLE | {"rescale": "step"}),
+    "not rescaled": Case(options=WHOLE | {"rescale": None}, every="uneven"),
+    "clipped by kl": Case(options=WHOLE | {"rescale": None, "kl_clip": 1e-4}, every="uneven"),
+    "left side": Case(options=WHOLE | {"sides": "left"}, every="uneven"),
+    "right side": Case(options=WHOLE | {"sides": "right"}, every="uneven"),
+    "output left out": Case(options=WHOLE | {"skip_output": True}, every="uneven"),
+    "a group of its own": Case(setup={"group": True}),
+    "dense": Case(wrap=mkor.DenseMKOR, options=DENSE, every="uneven"),
+    "dense, exact": Case(
+        wrap=mkor.DenseMKOR, options=DENSE | {"update_every": 2, "rule": "exact"}, micro=2
+    ),
+    "KFAC": Case(wrap=mkor.KFAC, options=EVERY | {"damping": 0.1}, every="uneven"),
+    "KFAC, convolutions": Case(ConvNet, wrap=mkor.KFAC, options=EVERY | {"damping": 0.1}, micro=2),
+    "Eva": Case(wrap=mkor.Eva, options=EVERY | {"damping": 3e-3}, every="uneven"),
+    "Eva, running": Case(
+        wrap=mkor.Eva,
+        options=EVERY | {"damping": 3e-3, "kl_clip": None, "rescale": "running"},
+        micro=2,
+    ),
+    "hybrid": Case(options=WHOLE | {"hybrid": SWITCH}, steps=LONG),
+    "overflow on one process": Case(dtype=F32, bad=4, spoilt=1e30),
+    "NaN, skipped": Case(options=WHOLE | {"nonfinite": "skip"}, every="uneven", bad=5),
+}
+COMPILE = {
+    "compiled inside": Case(Small, setup={"compile": "inside"}, every="uneven", steps=4),
+    "compiled outside": Case(
+        Small, setup={"compile": "outside"}, options=WHOLE | {"skip_output": True}, steps=4
+    ),
+}
+IN_STEP = {
+    "chunks": Case(options=CHUNKS),
+    "chunks, uneven": Case(options=CHUNKS, every="uneven", now_and_then="none"),
+    "chunks, accumulation": Case(options=CHUNKS, micro=2),
+    "chunks, a lonely layer": Case(options=CHUNKS, every="lonely", setup=LONELY),
+    "chunks, skipped": Case(options=CHUNKS | {"nonfinite": "skip"}, bad=5),
+}
+NAN = {
+    "NaN, propagated": Case(bad=6, every="uneven"),
+    "NaN, propagated, KFAC": Case(wrap=mkor.KFAC, options=EVERY | {"damping": 0.1}, bad=6),
+}
+CASES = EXACT | COMPILE | IN_STEP | NAN
+ON_ONE = {"linear", "convolutions", "accumulation", "DDP first", "KFAC", "chunks"}
+"""What one process in a group runs, too."""
+ON_TWO = {
+    "transposed",
+    "over AdamW",
+    "DDP first, wrapped as a whole",
+    "views into buckets",
+    "static graph",
+    "accumulation, convolutions",
+    "a lonely layer, float32",
+    "a closure",
+    "clipped",
+    "rescaled each step",
+    "left side",
+    "right side",
+    "dense, exact",
+    "KFAC, convolutions",
+    "NaN, propagated, KFAC",
+    "chunks, accumulation",
+    *COMPILE,
+}
+"""What three processes need not run."""
+
+
+def pairs(names):
+    left_out = {3: ON_TWO, 2: set(), 1: set(CASES) - ON_ONE}
+    return [(world, name) for world in (1, 2, 3) for name in names if name not in left_out[world]]
+
+
+def distributed(case: Case, net: nn.Module):
+    """The model under DDP, and the wrapper built before or after that."""
+    how = {"order": "MKOR first", "compile": None, "touch": False, "group": False} | case.setup
+    order, compiled, touch, group = (how.pop(k) for k in ("order", "compile", "touch", "group"))
+    net.touch = touch
+    options = case.options
+    if group:
+        options = options | {"process_group": torch.distributed.new_group()}
+
+    def wrap(model):
+        return case.wrap(model, base_of(case.base, net.parameters()), **options)
+
+    optimizer = wrap(net) if order == "MKOR first" else None
+    inner = torch.compile(net, backend="aot_eager") if compiled == "inside" else net
+    model = DistributedDataParallel(inner, **how)
+    if order != "MKOR first":
+        optimizer = wrap(model if order == "whole" else net)
+    if compiled == "outside":
+        model = torch.compile(model, backend="aot_eager")
+    return model, optimizer
+
+
+def run(place, name):
+    """A process' part of a case."""
+    if name in COMPILE:
+        torch._dynamo.reset()
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+    return train(CASES[name], distributed, place.rank, place.world)
+
+
+@pytest.fixture(scope="module", name="launches")
+def _launches(request, tmp_path_factory):
+    return Launches(run, request, tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(EXACT | COMPILE))
+def test_equals_one_process_on_the_whole_batch(launches, world, name):
+    """With one mean over all rows, how the batch is shared out makes no difference."""
+    values = launches(world)[name]
+    expected = reference(CASES, name)
+    assert_in_step(values)
+    assert_equal(values[0], expected, CASES[name].dtype)
+    assert_effective(expected)
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(IN_STEP))
+def test_processes_stay_in_step(launches, world, name):
+    """Chunks of rows differ from those of one process, but not between processes."""
+    values = launches(world)[name]
+    assert_in_step(values)
+    assert values[0]["weights"].isfinite().all()
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["NaN, skipped", "chunks, skipped"]))
+def test_one_process_with_nan_is_skipped_by_all(launches, world, name):
+    """It costs every process that update and that step, and nothing else."""
+    bad = CASES[name].bad
+    for value in launches(world)[name]:
+        weights, figures = value["weights"], value["figures"]
+        assert torch.equal(weights[bad + 1], weights[bad])
+        assert not torch.equal(weights[bad + 2], weights[bad + 1])
+        assert figures["mkor/skipped_steps"] == 1
+        assert figures["mkor/refused_updates"] > 0
+        assert figures["mkor/updates"] == figures["mkor/steps"] == SHORT
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(NAN))
+def test_nan_of_one_process_reaches_no_factor(launches, world, name):
+    """The weights go the way they go without a wrapper; the factors stay finite, everywhere."""
+    values = launches(world)[name]
+    assert_in_step(values)
+    for value in values:
+        assert value["weights"][: CASES[name].bad + 1].isfinite().all()
+        assert not value["weights"][CASES[name].bad + 1].isfinite().all()
+        assert value["figures"]["mkor/refused_updates"] > 0
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["overflow on one process"]))
+def test_overflow_on_one_process_is_refused_by_all(launches, world, name):
+    """The squares overflow, the gradients do not: the update is dropped, the step is taken."""
+    for value in launches(world)[name]:
+        assert value["figures"]["mkor/refused_updates"] > 0
+        assert value["figures"]["mkor/skipped_steps"] == 0
+        assert value["weights"].isfinite().all()
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["hybrid"]))
+def test_hybrid_switches_alike(launches, world, name):
+    """Each process knows its own losses only; all switch after the step at which one would."""
+    expected = reference(CASES, name)["switched at"]
+    assert 3 < expected < LONG
+    assert [value["switched at"] for value in launches(world)[name]] == [expected] * world
+
+
+def test_layers_that_matter_are_covered():
+    """Every parameter of the models is preconditioned, or the comparison would prove little."""
+    for name, parameters in (("linear", 9), ("convolutions", 5), ("transposed", 6), ("KFAC", 9)):
+        assert len(reference(CASES, name)["covered"]) == parameters
+    assert Mlp.touch is False
