@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,28 +38,44 @@ class Stage:
 
 
 @dataclass
-class _Part:
-    """Neighbouring layers of a batch that are handled together.
+class Gradients:
+    """Gradients of neighbouring layers of a batch, which are handled together.
 
     Attributes:
-        batch: Their batch.
         where: Which of its layers they are.
         layers: The layers.
-        prepared: Their rows of what the curvature prepared.
-        use: ``[b]``, which have factors to use in this step.
         W: ``[b, d_out, d_in]``, gradients, or blocks of them: views, or copies of small ones.
         b: ``[b, d_out]`` likewise; None where there is none.
-        raw: Copies of both before they are preconditioned, if they will be compared.
+    """
+
+    where: slice
+    layers: list[Layer]
+    W: Tensor
+    b: Tensor | None
+
+
+@dataclass
+class _Part:
+    """What is needed to precondition some gradients.
+
+    Attributes:
+        batch: The layers' batch.
+        gradients: The gradients.
+        prepared: The layers' rows of what the curvature prepared.
+        use: ``[b]``, which have factors to use in this step.
+        raw: Copies of the gradients before they are preconditioned, if they will be compared.
     """
 
     batch: Batch
-    where: slice
-    layers: list[Layer]
+    gradients: Gradients
     prepared: dict[str, Tensor]
     use: Tensor
-    W: Tensor
-    b: Tensor | None
     raw: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def where(self) -> slice:
+        """Which of the batch's layers they are."""
+        return self.gradients.where
 
     @property
     def ok(self) -> Tensor:
@@ -68,50 +85,65 @@ class _Part:
     def remember(self, stage: Stage) -> None:
         """Keep the raw gradients if they will be compared."""
         if stage.compare or self.batch.measured:
-            self.raw = (self.W.clone(), None if self.b is None else self.b.clone())
+            W, b = self.gradients.W, self.gradients.b
+            self.raw = (W.clone(), None if b is None else b.clone())
 
     def product(self) -> Tensor:
         """``[b]``, inner products with the raw gradients; 0 where nobody asked."""
         if self.raw is None:
             return torch.zeros_like(self.batch.last[2, self.where])
-        return linalg.inner(*self.raw, self.W, self.b)
+        return linalg.inner(*self.raw, self.gradients.W, self.gradients.b)
 
 
-def measure(batches: Sequence[Batch]) -> None:
+def measure(batches: Sequence[Batch]) -> list[list[Gradients]]:
     """Take the norms of the raw gradients, ``last[0]`` of every batch.
 
     Args:
         batches: The layers.
+
+    Returns:
+        The gradients of every batch.
     """
-    for batch in batches:
-        batch.last[0] = _raw_norms(batch)
+    found = [list(_gradients(batch)) for batch in batches]
+    for batch, gradients in zip(batches, found, strict=True):
+        batch.last[0] = 0.0
+        for run in _neighbours(gradients):
+            batch.last[0, _span(run)] = _norms(run)
     in_lockstep((b.shard, _share_norms(b)) for b in batches if b.shard is not None)
+    return found
 
 
 def precondition(
-    batches: Sequence[Batch], stage: Stage, assignment: Assignment | None = None
+    batches: Sequence[Batch],
+    gradients: Sequence[list[Gradients]],
+    stage: Stage,
+    assignment: Assignment | None = None,
 ) -> None:
     """Replace the layers' gradients by ``L^-1 M R^-1``, rescaled, in place.
 
     Args:
-        batches: The layers, measured.
+        batches: The layers.
+        gradients: Of each batch, as :func:`measure` found them.
         stage: How.
         assignment: Which processes precondition which layers for others; None where each does all.
     """
-    for batch in batches:
-        batch.touched = bool(_ready(batch))
+    for batch, found in zip(batches, gradients, strict=True):
+        batch.touched = bool(found)
         batch.done = torch.zeros_like(batch.seen)
         if batch.touched:
             batch.measured = batch.watched
-    in_lockstep(_exchanges(batches, stage))
-    whole = (part for batch in batches if batch.shard is None for part in _parts(batch, stage))
-    if assignment is None or not assignment.shares_gradients:
-        for part in whole:
-            part.remember(stage)
-            done = part.batch.curvature.apply(part.prepared, part.W, part.b, part.ok)
-            _finish(part, stage, done, linalg.joint_norm(part.W, part.b), part.product())
+    pairs = list(zip(batches, gradients, strict=True))
+    in_lockstep(_exchanges(pairs, stage))
+    whole = [list(_parts(batch, g, stage)) for batch, g in pairs if batch.shard is None]
+    if assignment is not None and assignment.shares_gradients:
+        _assigned([part for parts in whole for part in parts], stage, assignment)
         return
-    _assigned(list(whole), stage, assignment)
+    for parts in whole:
+        for run in _neighbours(parts):
+            done = [_apply(part, stage) for part in run]
+            product = [part.product() for part in run]
+            norms = _norms([part.gradients for part in run])
+            _finish(run, stage, torch.cat(done), norms, torch.cat(product))
 
 
 def scale(batch: Batch, factor: Tensor) -> None:
@@ -130,41 +162,47 @@ def scale(batch: Batch, factor: Tensor) -> None:
             torch._foreach_mul_([g for g, _ in found], [by.to(g.dtype) for g, by in found])
 
 
-def _exchanges(batches: Sequence[Batch], stage: Stage) -> Iterator[tuple[Shard, Exchange]]:
-    for batch in batches:
+def _apply(part: _Part, stage: Stage) -> Tensor:
+    part.remember(stage)
+    return part.batch.curvature.apply(part.prepared, part.gradients.W, part.gradients.b, part.ok)
+
+
+def _exchanges(
+    pairs: Sequence[tuple[Batch, list[Gradients]]], stage: Stage
+) -> Iterator[tuple[Shard, Exchange]]:
+    for batch, gradients in pairs:
         if batch.shard is not None:
-            for part in _parts(batch, stage):
+            for part in _parts(batch, gradients, stage):
                 yield batch.shard, _sharded(part, batch.shard, stage)
 
 
 def _sharded(part: _Part, shard: Shard, stage: Stage) -> Exchange:
     """Precondition blocks; sums what the curvature needs of the others, then the norms."""
     part.remember(stage)
-    curvature, W, b = part.batch.curvature, part.W, part.b
+    curvature, W, b = part.batch.curvature, part.gradients.W, part.gradients.b
     projected = yield curvature.project(part.prepared, W, b, shard.block)
     done = curvature.complete(part.prepared, W, b, projected, part.ok, shard.block)
     # Squares of large numbers leave the range of float32.
     square = linalg.joint_norm(W, b).double().square()
     square, product = (yield torch.stack((square, part.product().double()))).unbind()
-    _finish(part, stage, done, square.sqrt().to(W.dtype), product.to(W.dtype))
+    _finish([part], stage, done, square.sqrt().to(W.dtype), product.to(W.dtype))
 
 
 def _assigned(parts: list[_Part], stage: Stage, assignment: Assignment) -> None:
     """Precondition this process's share, and take the rest from others."""
-    finished = []
+    outcome = []
     for part in parts:
-        part.remember(stage)
-        done = torch.zeros_like(part.use)
-        if assignment.preconditions(_inverter(part)):
-            done = part.batch.curvature.apply(part.prepared, part.W, part.b, part.ok)
-        finished.append(done)
-    outcome = [
-        (_inverter(part), [t for t in (part.W, part.b, done) if t is not None])
-        for part, done in zip(parts, finished, strict=True)
-    ]
-    assignment.share_gradients(outcome)
-    for part, done in zip(parts, finished, strict=True):
-        _finish(part, stage, done, linalg.joint_norm(part.W, part.b), part.product())
+        mine = assignment.preconditions(_inverter(part))
+        done = _apply(part, stage) if mine else torch.zeros_like(part.use)
+        if not mine:
+            part.remember(stage)
+        outcome.append((part, part.gradients, done))
+    assignment.share_gradients(
+        (_inverter(part), [t for t in (some.W, some.b, done) if t is not None])
+        for part, some, done in outcome
+    )
+    for part, some, done in outcome:
+        _finish([part], stage, done, linalg.joint_norm(some.W, some.b), part.product())
 
 
 def _inverter(part: _Part) -> int:
@@ -172,22 +210,22 @@ def _inverter(part: _Part) -> int:
     return part.batch.inverter or 0
 
 
-def _finish(part: _Part, stage: Stage, done: Tensor, norm: Tensor, product: Tensor) -> None:
-    """Rescale, write the gradients, and keep the figures."""
-    batch, here = part.batch, part.where
+def _finish(
+    parts: Sequence[_Part], stage: Stage, done: Tensor, norm: Tensor, product: Tensor
+) -> None:
+    """Rescale neighbours, write their gradients, and keep the figures."""
+    batch, here = parts[0].batch, _span(parts)
     raw = batch.last[0, here]
     batch.last[1, here] = norm
-    if part.raw is not None:
+    if parts[0].raw is not None:
         batch.last[2, here] = product
     batch.done[here] = done
-    batch.refused[1, here] += part.use & ~done
-    ratio = _ratio(batch, here, raw, norm, done, stage.rescale).unbind()
-    for i, layer in enumerate(part.layers):
-        W, b = layer.gradients
-        assert W is not None
-        _write(W, part.W[i], ratio[i])
-        if part.b is not None and b is not None:
-            _write(b, part.b[i], ratio[i])
+    use = torch.cat([part.use for part in parts])
+    batch.refused[1, here] += use & ~done
+    ratio = _ratio(batch, here, raw, norm, done, stage.rescale)
+    sizes = [len(part.use) for part in parts]
+    for part, by in zip(parts, ratio.split(sizes), strict=True):
+        _write(part.gradients, by)
 
 
 def _ratio(
@@ -214,27 +252,47 @@ def _ready(batch: Batch) -> list[int]:
     ]
 
 
-def _parts(batch: Batch, stage: Stage) -> Iterator[_Part]:
+def _gradients(batch: Batch) -> Iterator[Gradients]:
     ready = _ready(batch)
-    if not ready:
-        return
-    use = batch.state["updates"] > 0
-    if stage.due:
-        use = use & batch.seen & batch.finite
-    first, beyond = ready[0], ready[-1] + 1
-    spanned = {key: tensor[first:beyond] for key, tensor in batch.state.items()}
-    prepared = batch.curvature.prepare(spanned, batch.shape)
     size, width = _sizes(batch)
     small = size.numel() < STACK_BELOW
     for run in _runs(ready) if small else [[i] for i in ready]:
         layers = [batch.layers[i] for i in run]
         weights, biases = zip(*(layer.gradients for layer in layers), strict=True)
-        where = slice(run[0], run[-1] + 1)
-        rows = {
-            key: tensor[run[0] - first : where.stop - first] for key, tensor in prepared.items()
-        }
         b = None if all(bias is None for bias in biases) else _stack(biases, width, batch.last)
-        yield _Part(batch, where, layers, rows, use[where], _stack(weights, size, batch.last), b)
+        where = slice(run[0], run[-1] + 1)
+        yield Gradients(where, layers, _stack(weights, size, batch.last), b)
+
+
+def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterator[_Part]:
+    if not gradients:
+        return
+    use = batch.state["updates"] > 0
+    if stage.due:
+        use = use & batch.seen & batch.finite
+    first, beyond = gradients[0].where.start, gradients[-1].where.stop
+    spanned = {key: tensor[first:beyond] for key, tensor in batch.state.items()}
+    prepared = batch.curvature.prepare(spanned, batch.shape)
+    for some in gradients:
+        spot = slice(some.where.start - first, some.where.stop - first)
+        rows = {key: tensor[spot] for key, tensor in prepared.items()}
+        yield _Part(batch, some, rows, use[some.where])
+
+
+def _neighbours(parts: Sequence[Any]) -> Iterator[list[Any]]:
+    """Parts of a batch whose layers follow each other without a gap."""
+    run: list[Any] = []
+    for part in parts:
+        if run and run[-1].where.stop != part.where.start:
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
+
+
+def _span(parts: Sequence[Any]) -> slice:
+    return slice(parts[0].where.start, parts[-1].where.stop)
 
 
 def _sizes(batch: Batch) -> tuple[torch.Size, torch.Size]:
@@ -254,20 +312,15 @@ def _stack(gradients: Sequence[Tensor | None], size: torch.Size, like: Tensor) -
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
-def _raw_norms(batch: Batch) -> Tensor:
-    pairs = [
-        (None, None) if skipped else layer.gradients
-        for layer, skipped in zip(batch.layers, batch.skipped, strict=True)
-    ]
-    weights, biases = ([pair[place] for pair in pairs] for place in (0, 1))
-    return torch.hypot(_norms(weights, batch.last), _norms(biases, batch.last))
-
-
-def _norms(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    present = [gradient for gradient in gradients if gradient is not None]
-    zero = like.new_zeros(())
-    norms = iter(torch._foreach_norm(present, 2, zero.dtype) if present else ())
-    return torch.stack([zero if g is None else next(norms) for g in gradients])
+def _norms(gradients: Sequence[Gradients]) -> Tensor:
+    """``[b]``, joint norms of weights and biases of neighbouring layers."""
+    if len(gradients) == 1:
+        return linalg.joint_norm(gradients[0].W, gradients[0].b)
+    norms = torch.stack(torch._foreach_norm([some.W for some in gradients]))
+    biases = [norms.new_zeros(()) if some.b is None else some.b for some in gradients]
+    if all(some.b is None for some in gradients):
+        return norms
+    return torch.hypot(norms, torch.stack(torch._foreach_norm(biases)))
 
 
 def _share_norms(batch: Batch) -> Exchange:
@@ -286,9 +339,16 @@ def _runs(places: list[int]) -> list[list[int]]:
     return runs
 
 
-def _write(gradient: Tensor, new: Tensor, ratio: Tensor) -> None:
-    new = new.view(gradient.shape)
-    if new.dtype == gradient.dtype:
-        torch.mul(new, ratio, out=gradient)
-    else:
-        gradient.copy_(new.mul_(ratio))
+def _write(gradients: Gradients, ratio: Tensor) -> None:
+    """Multiply what was preconditioned by ``ratio [b]`` and put it where it came from."""
+    for place, new in enumerate((gradients.W, gradients.b)):
+        if new is None:
+            continue
+        pairs = zip(gradients.layers, new.unbind(), strict=True)
+        targets = [(layer.gradients[place], row) for layer, row in pairs]
+        found = [(target, row.view(target.shape)) for target, row in targets if target is not None]
+        if len(new) == 1 and new.dtype == found[0][0].dtype:
+            torch.mul(found[0][1], ratio, out=found[0][0])
+            continue
+        new.mul_(ratio.view(-1, *(1,) * (new.dim() - 1)))
+        torch._foreach_copy_([target for target, _ in found], [row for _, row in found])

@@ -13,6 +13,7 @@ from mkor.communication.sharding import Shard
 from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
 from mkor.selection import Layer
 from mkor.slots import Slots
+from mkor.tray import Tray
 
 __all__ = ["Batch"]
 
@@ -58,8 +59,18 @@ class Batch:
         self.tick = update
         self.shard, self.inverter, self.keeps = shard, inverter, keeps
         self.a, self.g, self.meta = slots.views(buffer)
+        self.tray = Tray(self.a, self.g, self.meta)
         self.sites = [
-            Site(layer.kind, self.a[i], self.g[i], self.meta[i], update, shard is not None)
+            Site(
+                layer.kind,
+                self.a[i],
+                self.g[i],
+                self.meta[i],
+                update,
+                sharded=shard is not None,
+                index=i,
+                tray=self.tray,
+            )
             for i, layer in enumerate(layers)
         ]
         self.skipped = [False] * B

@@ -10,22 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mkor.layers import LayerKind
+from mkor.linear import LinearKind
 from mkor.moments import moments
 from mkor.output_layer import OutputSearch
 from mkor.passes import Passes
 from mkor.profiling import span
 from mkor.sums import PartSums, Pick
+from mkor.tray import META, Call, Tray
 
 __all__ = ["META", "AccumulationHook", "ForwardHook", "Gate", "GradientHook", "InertHook", "Site"]
 
-META = 3
-"""Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
+SMALL = 1 << 14
+"""Calls with no more entries are kept whole until the backward pass ends."""
 
 
 @dataclass(eq=False)
@@ -67,7 +70,9 @@ class Gate:
         Returns:
             The choice.
         """
-        return Pick(self.vectors, self.rows, update)
+        if isinstance(update, Tensor):
+            return Pick(self.vectors, self.rows, update)
+        return _pick(self.vectors, self.rows, update)
 
     def inputs(self, kind: LayerKind, x: Tensor, pick: Pick) -> PartSums | None:
         """What is taken from a call's input.
@@ -129,6 +134,11 @@ class Gate:
             self.want(self._wanted)
 
 
+@lru_cache(maxsize=8)
+def _pick(vectors: int, rows: int | None, update: int) -> Pick:
+    return Pick(vectors, rows, update)
+
+
 @dataclass(eq=False)
 class Site:
     """Where one layer's sums go: views into the flat buffer.
@@ -141,6 +151,8 @@ class Site:
         update: 0-dim tensor, the number of updates so far, for compiled code.
         sharded: Whether processes store parts of the weight, so that its gradients do not tell
             passes.
+        index: The layer's place in its batch.
+        tray: Where calls wait for those of the batch's other layers.
     """
 
     kind: LayerKind
@@ -148,7 +160,9 @@ class Site:
     g: Tensor
     meta: Tensor
     update: Tensor
-    sharded: bool = False
+    sharded: bool
+    index: int
+    tray: Tray
 
     def add(self, a: PartSums | None, g: PartSums | None) -> None:
         """Add one call's sums.
@@ -258,8 +272,11 @@ class ForwardHook(InertHook):
         if site is None or not _trains(module) or not site.kind.fits(x, output):
             return
         pick = gate.pick(gate.update)
-        with span("mkor.capture"):
-            a = gate.inputs(site.kind, x.detach(), pick)
+        a: PartSums | Tensor | None = x.detach() if gate.right else None
+        # Held here, larger inputs would outlive the backward pass that frees them.
+        if not (x.numel() <= SMALL and _is_saved(x)):
+            with span("mkor.capture"):
+                a = gate.inputs(site.kind, x.detach(), pick)
         output.register_hook(GradientHook(gate, site, pick, a))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
@@ -276,7 +293,7 @@ class GradientHook:
 
     __slots__ = ("a", "gate", "pick", "site")
 
-    def __init__(self, gate: Gate, site: Site, pick: Pick, a: PartSums | None) -> None:
+    def __init__(self, gate: Gate, site: Site, pick: Pick, a: PartSums | Tensor | None) -> None:
         self.gate, self.site, self.pick, self.a = gate, site, pick, a
 
     def __call__(self, grad: Tensor) -> None:
@@ -285,13 +302,32 @@ class GradientHook:
         Args:
             grad: Of the call's output.
         """
-        if not self.gate.open:
+        gate, site = self.gate, self.site
+        if not gate.open:
             return
-        with torch.no_grad(), span("mkor.capture"):
-            g = self.gate.outputs(self.site.kind, grad.detach(), self.pick)
-            self.site.add(self.a, g)
-        if self.site.sharded:
-            self.gate.passes.count(self.site)
+        with span("mkor.capture"):
+            self._capture(grad.detach())
+        if site.sharded:
+            gate.passes.count(site)
+
+    def _capture(self, grad: Tensor) -> None:
+        gate, site, pick, a = self.gate, self.site, self.pick, self.a
+        if not isinstance(a, PartSums):
+            if isinstance(site.kind, LinearKind) and not gate.covariance and _is_small(a, grad):
+                self._keep((a, grad if gate.left else None))
+                return
+            a = None if a is None else gate.inputs(site.kind, a, pick)
+        g = gate.outputs(site.kind, grad, pick)
+        # A captured CUDA graph repeats what ran on the device, and no callbacks.
+        if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+            site.add(a, g)
+        else:
+            self._keep((a, g))
+
+    def _keep(self, sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None]) -> None:
+        site = self.site
+        site.tray.put(Call(site.index, sides, self.pick, site.kind))
+        self.gate.passes.at_end(site.tray.empty)
 
 
 class AccumulationHook(InertHook):
@@ -310,6 +346,18 @@ class AccumulationHook(InertHook):
         """Count the pass if passes count."""
         if self.gate.open:
             self.gate.passes.accumulated(self.key, self.sharded)
+
+
+def _is_saved(x: Tensor) -> bool:
+    """Whether autograd keeps a layer's input as it is until the backward pass anyway."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _is_small(a: Tensor | None, g: Tensor) -> bool:
+    return g.numel() <= SMALL and (a is None or a.numel() <= SMALL) and not g.is_cuda
 
 
 def _trains(module: nn.Module) -> bool:

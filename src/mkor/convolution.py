@@ -66,7 +66,7 @@ class ConvKind:
         positions = math.prod([self._outputs(axis, size) for axis, size in enumerate(sizes)])
         runs, counts = self._images(x, pick, positions)
         maps = [self._axis_map(axis, size, x) for axis, size in enumerate(sizes)]
-        images = sum_parts(runs, lambda run: run.sum(1, dtype=accumulator(x)), pick.vectors)
+        images = sum_parts(runs, _image_sums, pick.vectors)
         square = _patch_sums(_image_squares(runs), maps).sum()
         return PartSums(_patch_sums(images, maps).flatten(1), square, counts, len(x) * positions)
 
@@ -160,24 +160,33 @@ def _axis_map(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """``[size, kernel]``: how often each position of an axis lies under each kernel tap."""
+    """``[kernel, size]``: how often each position of an axis lies under each kernel tap."""
     where = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
     mode = "constant" if padding_mode == "zeros" else padding_mode
     padded = F.pad(where, padding, mode, size if mode == "constant" else None)
     taps = padded.view(-1).unfold(0, dilation * (kernel - 1) + 1, stride)[:, ::dilation]
     counts = torch.zeros(size + 1, kernel, dtype=dtype, device=device)
-    return counts.scatter_add_(0, taps.long(), torch.ones_like(taps, dtype=dtype))[:size]
+    counts.scatter_add_(0, taps.long(), torch.ones_like(taps, dtype=dtype))
+    return counts[:size].mT.contiguous()
 
 
 def _patch_sums(images: Tensor, maps: list[Tensor]) -> Tensor:
     """``[k, channels, *spatial]`` to ``[k, channels, *kernel]``, one axis at a time."""
     with torch.autocast(images.device.type, enabled=False):
-        for axis_map in maps:
-            images = torch.tensordot(images, axis_map, dims=([2], [0]))
-    return images
+        for axis, axis_map in enumerate(maps[:-1], start=2):
+            images = (axis_map @ images.movedim(axis, -2)).movedim(-2, axis)
+        return F.linear(images, maps[-1])
+
+
+def _image_sums(run: Tensor) -> Tensor:
+    """``[parts, channels, *spatial]``: images summed over each part."""
+    return (
+        run[:, 0].to(accumulator(run)) if run.shape[1] == 1 else run.sum(1, dtype=accumulator(run))
+    )
 
 
 def _image_squares(runs: list[Tensor]) -> Tensor:
     """``[1, channels, *spatial]``: squares summed over images."""
-    norms = [torch.linalg.vector_norm(run, dim=(0, 1), dtype=accumulator(run)) for run in runs]
-    return torch.stack(norms).square().sum(0, keepdim=True)
+    # A norm over the first dimensions is forty times slower.
+    sums = [run.to(accumulator(run)).square().sum((0, 1)) for run in runs]
+    return torch.stack(sums).sum(0, keepdim=True)

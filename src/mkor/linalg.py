@@ -92,8 +92,8 @@ def whitening(gram: Tensor, weights: Tensor, damping: Tensor) -> Tensor:
     """The ``r x r`` matrix ``C`` with ``S^-1 = (I - (C V)^T (C V)) / lambda`` (Woodbury).
 
     For ``S = lambda I + sum_i w_i v_i v_i^T`` and ``s_i = sqrt(w_i / lambda)``, the Cholesky factor
-    ``I + diag(s) V V^T diag(s) = K K^T`` gives ``C = K^-1 diag(s)``. A layer whose damping is 0,
-    or whose factorisation fails, gets ``C = 0``: its side is the identity.
+    ``I + diag(s) V V^T diag(s) = K K^T`` gives ``C = K^-1 diag(s)``. A layer whose damping is 0
+    gets ``C = 0``: its side is the identity.
 
     Args:
         gram: ``[B, r, r]``, the inner products ``V V^T`` of the unweighted vectors.
@@ -101,18 +101,20 @@ def whitening(gram: Tensor, weights: Tensor, damping: Tensor) -> Tensor:
         damping: ``[B]``, ``lambda``, at least 0.
 
     Returns:
-        ``[B, r, r]``.
+        ``[B, r, r]``, NaN where the factorisation fails.
     """
-    positive = damping > 0
-    scale = (weights / torch.where(positive, damping, 1.0).unsqueeze(-1)).sqrt()
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    K, failed = torch.linalg.cholesky_ex(eye + scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
-    C = torch.linalg.solve_triangular(K, eye, upper=False) * scale.unsqueeze(-2)
-    usable = positive & (failed == 0) & C.sum((-2, -1)).isfinite()
-    return torch.where(usable[:, None, None], C, 0.0)
+    damping = damping.unsqueeze(-1)
+    scale = torch.where(damping > 0, weights / damping, 0.0).sqrt()
+    S = (gram * scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
+    S.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    K, failed = torch.linalg.cholesky_ex(S)
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    # X K^T = I, since LAPACK is two to three times slower with the identity on the right.
+    inverse: Tensor = torch.linalg.solve_triangular(K.mT, eye, upper=True, left=False).mT
+    return inverse * torch.where(failed.unsqueeze(-1) == 0, scale, torch.nan).unsqueeze(-2)
 
 
-def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
     """Multiply ``(I - U^T U)`` with ``[W b]`` from the left, in place.
 
     Costs ``4 r d_out d_in`` operations.
@@ -122,20 +124,15 @@ def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
         W: ``[B, d_out, d_in]``.
         b: ``[B, d_out]``, or None for a layer without bias.
         ok: ``[B]`` bool; other layers stay as they are.
-
-    Returns:
-        ``ok``, less the layers whose product is not finite; these stay as they are too.
     """
-    X = U @ W
-    ok = ok & X.sum((1, 2)).isfinite()
-    W.baddbmm_(U.mT, torch.where(ok[:, None, None], X, 0.0), alpha=-1)
+    ok = ok[:, None, None]
+    W.baddbmm_(U.mT, torch.where(ok, U @ W, 0.0), alpha=-1)
     if b is not None:
-        x = U @ b.unsqueeze(-1)
-        b.sub_((U.mT @ torch.where(ok[:, None, None], x, 0.0)).squeeze(-1))
-    return ok
+        b = b.unsqueeze(-1)
+        b.baddbmm_(U.mT, torch.where(ok, U @ b, 0.0), alpha=-1)
 
 
-def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
+def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
     """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right, in place.
 
     Costs ``4 r d_out d_in`` operations. Weight and bias are two blocks of one product; no column is
@@ -147,19 +144,14 @@ def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor
         W: ``[B, d_out, d_in]``.
         b: ``[B, d_out]``, or None for a layer without bias.
         ok: ``[B]`` bool; other layers stay as they are.
-
-    Returns:
-        ``ok``, less the layers whose product is not finite; these stay as they are too.
     """
     Y = W @ U.mT
     if b is not None:
-        Y += b.unsqueeze(-1) * u.unsqueeze(-2)
-    ok = ok & Y.sum((1, 2)).isfinite()
+        Y.addcmul_(b.unsqueeze(-1), u.unsqueeze(-2))
     Y = torch.where(ok[:, None, None], Y, 0.0)
     W.baddbmm_(Y, U, alpha=-1)
     if b is not None:
-        b.sub_((Y @ u.unsqueeze(-1)).squeeze(-1))
-    return ok
+        b.unsqueeze(-1).baddbmm_(Y, u.unsqueeze(-1), alpha=-1)
 
 
 def left_products(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -225,7 +217,7 @@ def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
     Returns:
         ``[B]``.
     """
-    norm = torch.stack(torch._foreach_norm(W.unbind()))
+    norm: Tensor = torch.linalg.vector_norm(W, dim=tuple(range(1, W.dim())))
     return norm if b is None else torch.hypot(norm, torch.linalg.vector_norm(b, dim=1))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mkor.rows import Chunks, part_sizes, place_chunks, sum_parts, take_parts
-from mkor.sums import PartSums, Pick, accumulator, choose, squares
+from mkor.sums import PartSums, Pick, accumulator, choose
 
 __all__ = ["LinearKind"]
 
@@ -61,6 +61,18 @@ class LinearKind:
         """
         return _row_sums(g, pick)
 
+    def stacked_sums(self, x: Tensor, pick: Pick) -> PartSums:
+        """Sums of several layers' inputs, or of their output gradients.
+
+        Args:
+            x: ``[*, B, d]``.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[k, B, d]`` and squares ``[B]``.
+        """
+        return _stacked_sums(x, pick)
+
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All rows; see :class:`LayerKind`.
 
@@ -85,27 +97,34 @@ class LinearKind:
 
 
 def _row_sums(x: Tensor, pick: Pick) -> PartSums:
-    x = x.unsqueeze(0) if x.dim() == 1 else x
-    total = math.prod(x.shape[:-1])
+    sums = _stacked_sums(x.unsqueeze(-2), pick)
+    return PartSums(sums.vectors.squeeze(1), sums.square.squeeze(0), sums.counts, sums.total)
+
+
+def _stacked_sums(x: Tensor, pick: Pick) -> PartSums:
+    x = x.unsqueeze(0) if x.dim() == 2 else x
+    total = math.prod(x.shape[:-2])
     chunks = None
     if pick.rows is None:
         # The cut is along the first dimension: a sequence is never divided.
-        per_sample = math.prod(x.shape[1:-1])
+        per_sample = math.prod(x.shape[1:-2])
         counts = [n * per_sample for n in part_sizes(x.shape[0], pick.vectors)]
-        runs = [run.flatten(1, -2) for run in take_parts(x, pick.vectors, None, 0)]
+        runs = [run.flatten(1, -3) for run in take_parts(x, pick.vectors, None, 0)]
     else:
         chunks = place_chunks(total, pick.vectors, pick.rows)
         counts = [chunks.size] * pick.vectors if chunks else part_sizes(total, pick.vectors)
         runs = _row_runs(x, pick, chunks)
     vectors = sum_parts(runs, lambda run: run.sum(1, dtype=accumulator(x)), pick.vectors)
-    return PartSums(vectors, squares(runs), counts, total)
+    norms = [torch.linalg.vector_norm(run, dim=(1, 3), dtype=accumulator(x)) for run in runs]
+    square = (norms[0] if len(norms) == 1 else torch.cat(norms)).square().sum(0)
+    return PartSums(vectors, square, counts, total)
 
 
 def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
     if chunks is not None and not isinstance(pick.update, Tensor) and not _flattens(x):
         # Flattening would copy the whole batch to read a few rows of it.
-        return [x[_coordinates(chunks.indices(pick.update, x.device), x.shape[:-1])]]
-    return choose(x.flatten(0, -2), pick, chunks)
+        return [x[_coordinates(chunks.indices(pick.update, x.device), x.shape[:-2])]]
+    return choose(x.flatten(0, -3), pick, chunks)
 
 
 def _coordinates(flat: Tensor, sizes: torch.Size) -> tuple[Tensor, ...]:
@@ -119,5 +138,5 @@ def _coordinates(flat: Tensor, sizes: torch.Size) -> tuple[Tensor, ...]:
 
 def _flattens(x: Tensor) -> bool:
     """Whether the leading dimensions merge into one without a copy."""
-    lead = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    lead = [(n, step) for n, step in zip(x.shape[:-2], x.stride()[:-2], strict=True) if n != 1]
     return all(outer == n * inner for (_, outer), (n, inner) in pairwise(lead))

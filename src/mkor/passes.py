@@ -30,6 +30,7 @@ class Passes:
         self._counts: dict[Hashable, int] = {}
         self._last: dict[Hashable, int] = {}
         self._open: set[int] = set()
+        self._to_do: dict[Callable[[], None], None] = {}
         self._ended = self._sharded = False
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
 
@@ -45,6 +46,7 @@ class Passes:
         self._last.clear()
         # A pass that raised never ended.
         self._open.clear()
+        self._to_do.clear()
         self._ended = self._sharded = False
 
     def see_forward(self) -> None:
@@ -65,7 +67,8 @@ class Passes:
         if self._last.get(key) != task:
             self._last[key] = task
             self._counts[key] = self._counts.get(key, 0) + 1
-        self._wait_for_end(task)
+        if self.on_end is not None:
+            self._wait_for_end(task)
 
     def accumulated(self, key: Hashable, sharded: bool) -> None:
         """Note that a weight's gradient was accumulated.
@@ -81,10 +84,20 @@ class Passes:
             return
         self.unsent = True
         self._counts[key] = self._counts.get(key, 0) + 1
+        if self.on_end is not None:
+            self._wait_for_end(torch._C._current_graph_task_id())
+
+    def at_end(self, do: Callable[[], None]) -> None:
+        """Call something once, when the backward pass that is running ends, before ``on_end``.
+
+        Args:
+            do: What; the same thing is called once, however often it is asked for.
+        """
+        self._to_do[do] = None
         self._wait_for_end(torch._C._current_graph_task_id())
 
     def _wait_for_end(self, task: int) -> None:
-        if self.on_end is None or task < 0 or task in self._open:
+        if task < 0 or task in self._open:
             return
         if not self._open:
             self._ended = self._sharded = False
@@ -94,6 +107,9 @@ class Passes:
 
     def _close(self, task: int) -> None:
         self._open.discard(task)
+        for do in self._to_do:
+            do()
+        self._to_do.clear()
         # Reentrant checkpointing runs passes inside the pass.
         if not self._open:
             self._ended = True

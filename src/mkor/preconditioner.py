@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
-from mkor.application import Stage, measure, precondition
+from mkor.application import Gradients, Stage, measure, precondition
 from mkor.capture import Gate
 from mkor.clipping import clip_kl, gradients_finite
 from mkor.communication.agreement import check_agreement
@@ -122,10 +122,10 @@ class Preconditioner:
             with span("mkor.reduce"):
                 watch.reduction.finish(captured=self.gate.passes.unsent)
         with span("mkor.update"):
-            self._update(due)
+            gradients = self._update(due)
         with span("mkor.precondition"):
             stage = Stage(due, options.rescale, compare=options.kl_clip is not None)
-            precondition(watch.batches, stage, watch.assignment)
+            precondition(watch.batches, gradients, stage, watch.assignment)
             if options.kl_clip is not None:
                 clip_kl(watch.batches, self._base.param_groups, options.kl_clip)
         self.steps += 1
@@ -222,22 +222,23 @@ class Preconditioner:
                 "build the base and wrap it"
             )
 
-    def _update(self, due: bool) -> None:
+    def _update(self, due: bool) -> list[list[Gradients]]:
         watch = self._watch
         batches = watch.batches
         if due:
             for batch in batches:
                 batch.read(watch.reduction.totals)
-        measure(batches)
+        gradients = measure(batches)
         bad = [batch.check() for batch in batches]
         if not (due and bad):
-            return
+            return gradients
         refuse = torch.stack([flag.to(bad[0].device) for flag in bad]).any()
         scale = 1.0 / (self.loss_scale * self.communicator.world_size)
         for batch in batches:
             batch.update(refuse.to(batch.shape.device), scale, self.updates)
         if self._inverting is not None and self._inverting.due(self.updates):
             renew(batches, self._inverting, refuse, watch.assignment)
+        return gradients
 
     def _begin(self) -> None:
         """Prepare for the passes of the next step."""

@@ -106,9 +106,13 @@ def take_parts(x: Tensor, count: int, chunks: Chunks | None, update: int) -> lis
         parts that are not empty.
     """
     if chunks is not None:
-        start = chunks.offset(update)
-        return [x[start:].unfold(0, chunks.size, chunks.stride)[: chunks.count].movedim(-1, 1)]
+        step = x.stride(0)
+        start = x.storage_offset() + int(chunks.offset(update)) * step
+        steps = (chunks.stride * step, *x.stride())
+        return [x.as_strided((chunks.count, chunks.size, *x.shape[1:]), steps, start)]
     small, larger = x.shape[0] // count, x.shape[0] % count
+    if small and not larger:
+        return [x.view(count, small, *x.shape[1:])]
     cut = larger * (small + 1)
     runs = (x[:cut].unflatten(0, (larger, small + 1)) if larger else None,
             x[cut:].unflatten(0, (count - larger, small)) if small else None)  # fmt: skip

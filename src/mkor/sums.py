@@ -66,9 +66,11 @@ def squares(runs: list[Tensor]) -> Tensor:
         0-dim.
     """
     norms = [
-        torch.linalg.vector_norm(run.flatten(2), dim=(1, 2), dtype=accumulator(run)) for run in runs
+        torch.linalg.vector_norm(run, dim=tuple(range(1, run.dim())), dtype=accumulator(run))
+        for run in runs
     ]
-    return (norms[0] if len(norms) == 1 else torch.cat(norms)).square().sum()
+    joined = norms[0] if len(norms) == 1 else torch.cat(norms)
+    return torch.dot(joined, joined)
 
 
 def choose(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:

@@ -94,6 +94,8 @@ class Watch:
         """Drop what was captured since the last step."""
         self.gate.forget()
         self.reduction.clear()
+        for batch in self.batches:
+            batch.tray.drop()
 
     def sums(self) -> dict[str, list[Tensor]]:
         """What was captured since the last step.

@@ -150,12 +150,21 @@ def add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--model",
         default="mlp",
         metavar="NAME",
-        help="mlp (Linear and GELU with squared error; the default) or a task",
+        help="mlp (Linear and GELU with squared error; the default), transformer, "
+        "bert-base-block, conv-net (residual, 32x32), resnet50 or a task",
     )
     add("--rows", type=whole(1), metavar="N", help="rows in a step of the mlp (4096)")
     add("--rounds", type=whole(1), default=30, metavar="N", help="timed iterations of each (30)")
     add_threads(parser)
+    add(
+        "--limits",
+        action="store_true",
+        help="state for each part of MKOR's step the least it could take on this machine",
+    )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (cpu)")
+    add("--bf16", action="store_true", help="compute products in bfloat16 (autocast)")
     add("--json", metavar="FILE", help="write all figures there")
+    add("--plot", metavar="FILE", help="draw it there (with --scaling also beside the JSON file)")
     add("--quiet", action="store_true", help="no progress, only the result")
     add_sizes(parser)
     add(
@@ -178,7 +187,6 @@ def add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="A,B",
         help="widths of the layer (128,256,512,1024,2048,4096)",
     )
-    scaling.add_argument("--plot", metavar="FILE", help="draw it there (beside the JSON file)")
     parser.set_defaults(run="overhead:overhead")
 
 
@@ -242,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Read when torch is loaded: else its profiler writes to the terminal as it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     module, _, function = arguments.run.partition(":")
     try:
         command = getattr(importlib.import_module(f"{__package__}.{module}"), function)

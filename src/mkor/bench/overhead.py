@@ -3,69 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from .compare import checked_contestants, sizes_of
-from .errors import UnknownNameError, UsageError
+from .errors import MissingExtraError, UnknownNameError, UsageError
 from .files import FORMAT, plain
 from .machine import environment
 from .optimizers import check
+from .overhead_limits import Limit, Machine, has_limits, limits_of, measure_machine
+from .overhead_models import MODELS, mlp_subject, model_subject
+from .overhead_plot import draw
+from .overhead_tables import print_limits, print_timings
 from .processes import processes
 from .progress import make_progress
 from .scaling import scaling
-from .tables import bytes_text, print_table
 from .tasks import TASKS, batches, load_task, new_model
-from .timing import Subject, Timing, measure
+from .timing import Subject, Timing, Worker, keep_memory, run_all, summarize_all
 
-MLP_SIZES = {"width": 512, "depth": 4, "rows": 4096}
-OUTPUTS = 16
+__all__ = ["MLP_SIZES", "mlp_subject", "overhead", "print_timings"]
+
+MLP_SIZES = MODELS["mlp"].sizes
 SEED = 0
-
-
-def make_mlp(width: int, depth: int) -> nn.Module:
-    """Square linear layers with GELU, and a narrow output layer.
-
-    Args:
-        width: Width of the hidden layers.
-        depth: Number of hidden layers.
-
-    Returns:
-        The model.
-    """
-    hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.GELU())]
-    return nn.Sequential(*hidden, nn.Linear(width, OUTPUTS))
-
-
-def mlp_subject(sizes: dict[str, int]) -> Subject:
-    """Regression of random numbers on random numbers.
-
-    Args:
-        sizes: Width, depth and rows.
-
-    Returns:
-        The subject.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-
-    def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            return make_mlp(sizes["width"], sizes["depth"])
-
-    def normal(columns: int) -> Tensor:
-        return torch.randn(sizes["rows"], columns, generator=generator)
-
-    batch = (normal(sizes["width"]), normal(OUTPUTS))
-    return Subject("mlp", sizes, build, functional.mse_loss, batch)
 
 
 def make_subject(arguments: argparse.Namespace) -> Subject:
@@ -81,16 +46,20 @@ def make_subject(arguments: argparse.Namespace) -> Subject:
         UnknownNameError: If there is no such model.
         UsageError: If it has no such size.
     """
+    subject = _named_subject(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no GPU.")
+    autocast = torch.bfloat16 if arguments.bf16 else None
+    return replace(subject, device=arguments.device, autocast=autocast)
+
+
+def _named_subject(arguments: argparse.Namespace) -> Subject:
     name = arguments.model
     given = {key: value for key, value in sizes_of(arguments).items() if value is not None}
-    if name == "mlp":
-        given |= {"rows": arguments.rows} if arguments.rows else {}
-        for key in given:
-            if key not in MLP_SIZES:
-                raise UsageError(f"mlp has no --{key}; its sizes are --width, --depth, --rows.")
-        return mlp_subject({**MLP_SIZES, **given})
+    if name in MODELS:
+        return model_subject(name, given | ({"rows": arguments.rows} if arguments.rows else {}))
     if name not in TASKS:
-        raise UnknownNameError("model", name, ["mlp", *TASKS])
+        raise UnknownNameError("model", name, [*MODELS, *TASKS])
     if arguments.rows:
         raise UsageError(f"--rows is for mlp; {name} has --batch.")
     task = load_task(name, dict(given))
@@ -98,69 +67,100 @@ def make_subject(arguments: argparse.Namespace) -> Subject:
     return Subject(name, dict(task.sizes), lambda: new_model(task, SEED), task.loss, batch)
 
 
-def print_timings(timings: Sequence[Timing], stream: TextIO) -> None:
-    """Prints two tables: whole iterations, then their parts.
+@dataclass(frozen=True)
+class Report:
+    """Everything that was found.
+
+    Attributes:
+        subject: What was trained.
+        rounds: Timed iterations of each contestant.
+        timings: What they cost; the first is the base's.
+        kept: Whether memory that was given back was kept for the next iteration.
+        machine: What the machine is able to do, if bounds were wanted.
+        limits: The bounds of a contestant's parts, by its label.
+    """
+
+    subject: Subject
+    rounds: int
+    timings: Sequence[Timing]
+    kept: bool
+    machine: Machine | None
+    limits: dict[str, list[Limit]]
+
+
+def find_limits(
+    workers: Sequence[Worker], timings: Sequence[Timing], machine: Machine
+) -> dict[str, list[Limit]]:
+    """The bounds of those contestants that have some.
 
     Args:
-        timings: The first is the base's.
-        stream: Where they go.
+        workers: The workers, the first of them with the base.
+        timings: Their times.
+        machine: What the machine is able to do.
+
+    Returns:
+        By label.
     """
-    headers = ("contestant", "ms", "ratio", "quartiles", "mean", "wall", "state", "extra memory")
-    rows = [
-        (
-            timing.contestant,
-            f"{timing.cpu_ms:.3g}",
-            f"{timing.ratio:.3f}x",
-            f"{timing.low:.3f}-{timing.high:.3f}",
-            f"{timing.mean_ratio:.3f}x",
-            f"{timing.wall_ratio:.3f}x",
-            bytes_text(timing.state_bytes),
-            f"{timing.extra_memory:.2%}",
-        )
-        for timing in timings
-    ]
-    print_table(headers, rows, stream)
-    print(
-        f"\nCPU time of a training iteration; ratios to {timings[0].contestant}, median over "
-        "rounds;\nmean: of all rounds, periodic work included; wall: ratio of wall times;\n"
-        "extra memory: state beyond the base's, over its weights, gradients and state;\n"
-        "mkor-h is timed after its switch\n",
-        file=stream,
-    )
-    parts = list(dict.fromkeys(part for timing in timings for part in timing.parts_ms))
-    names = [part.removeprefix("mkor.") for part in parts]
-    shares = [
-        (
-            timing.contestant,
-            *(f"{timing.parts_ms[part]:.3g}" if part in timing.parts_ms else "" for part in parts),
-        )
-        for timing in timings
-    ]
-    print_table(("ms in parts", *names), shares, stream)
-    print(
-        "\nprofiled apart from the timing; capture is part of forward and backward, "
-        "what follows it of step",
-        file=stream,
-    )
+    return {
+        worker.label: limits_of(worker, workers[0], timing, machine)
+        for worker, timing in zip(workers, timings, strict=True)
+        if has_limits(worker)
+    }
 
 
-def write_timings(timings: Sequence[Timing], subject: Subject, rounds: int, path: Path) -> None:
+def write_report(report: Report, path: Path) -> None:
     """Writes all figures as JSON.
 
     Args:
-        timings: The timings.
-        subject: What was trained.
-        rounds: Timed iterations of each.
+        report: Everything that was found.
         path: The file.
     """
+    subject = report.subject
+    gpu = torch.cuda.get_device_name() if subject.device == "cuda" else None
     record = {
         "format": FORMAT,
         "model": {"name": subject.name, "sizes": subject.sizes},
-        "rounds": rounds,
+        "rounds": report.rounds,
+        "device": gpu or subject.device,
+        "autocast": subject.autocast,
+        "memory_kept": report.kept,
         "environment": environment(),
-        "timings": [asdict(timing) for timing in timings],
+        "timings": [asdict(timing) for timing in report.timings],
+        "machine": report.machine and asdict(report.machine),
+        "limits": {
+            label: [{**asdict(limit), "near": limit.near} for limit in limits]
+            for label, limits in report.limits.items()
+        },
     }
     path.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+def checked_paths(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """Where the figures and the picture go.
+
+    Args:
+        arguments: The parsed command line.
+
+    Returns:
+        Both files, as far as they are wanted.
+
+    Raises:
+        MissingExtraError: If the picture cannot be drawn.
+        UsageError: If there is no such folder.
+    """
+    found = []
+    for option in ("json", "plot"):
+        name = getattr(arguments, option)
+        path = Path(name) if name else None
+        if path and not path.parent.is_dir():
+            raise UsageError(f"--{option} {path}: there is no folder {path.parent}.")
+        found.append(path)
+    if found[1]:
+        try:
+            importlib.import_module("matplotlib")
+        except ImportError as error:
+            raise MissingExtraError("matplotlib", "--plot") from error
+    return found[0], found[1]
 
 
 def overhead(arguments: argparse.Namespace) -> int:
@@ -180,21 +180,28 @@ def overhead(arguments: argparse.Namespace) -> int:
         return processes(arguments)
     if arguments.scaling:
         return scaling(arguments)
-    if arguments.widths or arguments.plot:
-        raise UsageError("--widths and --plot go with --scaling.")
+    if arguments.widths:
+        raise UsageError("--widths goes with --scaling.")
     torch.set_num_threads(arguments.threads)
     contestants = checked_contestants(arguments.contestants)
-    path = Path(arguments.json) if arguments.json else None
-    if path and not path.parent.is_dir():
-        raise UsageError(f"--json {path}: there is no folder {path.parent}.")
+    record, picture = checked_paths(arguments)
     subject = make_subject(arguments)
     for contestant in contestants:
         check(contestant, subject.build())
+    kept = keep_memory()
     sizes = ", ".join(f"{key} {value}" for key, value in subject.sizes.items())
     print(f"{subject.name}: {sizes}; {arguments.rounds} rounds, {arguments.threads} thread(s)\n")
     with make_progress(sys.stderr, quiet=arguments.quiet) as progress:
-        timings = measure(contestants, subject, arguments.rounds, progress)
+        workers = run_all(contestants, subject, arguments.rounds, progress)
+        machine = measure_machine(subject.device) if arguments.limits else None
+    timings = summarize_all(workers)
     print_timings(timings, sys.stdout)
-    if path:
-        write_timings(timings, subject, arguments.rounds, path)
+    limits = find_limits(workers, timings, machine) if machine else {}
+    for label, found in limits.items():
+        assert machine is not None
+        print_limits(label, found, machine, sys.stdout)
+    if record:
+        write_report(Report(subject, arguments.rounds, timings, kept, machine, limits), record)
+    if picture:
+        draw(timings, subject, picture)
     return 0

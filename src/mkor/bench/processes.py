@@ -41,8 +41,9 @@ sent: what the kernel sent over TCP, and that over what the collectives make opt
 send (an all-reduce of n bytes over W processes: 2 n (W-1)/W)
 """
 LAYER_NOTE = """
-counted: what is handed less where one such layer is left to the base; it exceeds the theory by
-counts of rows and two sums of squares
+counted: what is handed less where one such layer is left to the base. Beside the theory it holds
+counts of rows and sums of squares; for KFAC also a mean vector of each side, which takes the place
+of the bias's row and column
 """
 
 

@@ -100,20 +100,21 @@ class Window:
             state: Changed in place; layers that do not accept stay as they are.
             statistics: Of this update.
         """
-        accept, k = statistics.accept, statistics.filled.shape[1]
-        made = statistics.filled.sum(1)
-        # Filled slots first, in order; the rest of the k places is written back as it was.
-        order = (~statistics.filled).long().argsort(dim=1, stable=True)
-        slot = torch.arange(k, device=accept.device)
-        new = (slot < made.unsqueeze(1)) & accept.unsqueeze(1)
-        places = (state["written"].unsqueeze(1) + slot) % self.rank
+        accept, filled = statistics.accept, statistics.filled
+        made = filled.sum(1)
+        slot = torch.arange(filled.shape[1], device=accept.device)
+        # Filled slots take the next places in order; the others write back what is after them.
+        upto = filled.cumsum(1)
+        order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
+        places = (state["written"].unsqueeze(1) + order) % self.rank
+        new = filled & accept.unsqueeze(1)
 
         weights = state["weights"]
         aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
         fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
-        weights.copy_(aged.scatter(1, places, torch.where(new, fresh, aged.gather(1, places))))
+        weights.copy_(aged.scatter_(1, places, torch.where(new, fresh, aged.gather(1, places))))
         for side, vectors in statistics.vectors.items():
-            self._write(state, side, vectors.gather(1, _over(order, vectors)), places, new, accept)
+            self._write(state, side, vectors, places, new, accept)
             average = state[f"{side}_mean_square"]
             moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)
             average.copy_(torch.where(accept, moved, average))
@@ -137,15 +138,20 @@ class Window:
             largest = torch.where(largest > 0, largest, 1.0)
             scale.scatter_(1, places, torch.where(new, largest, scale.gather(1, places)))
             arrived = arrived / largest.unsqueeze(-1)
-        wide = _over(places, ring)
-        written = torch.where(new.unsqueeze(-1), arrived.to(ring.dtype), ring.gather(1, wide))
-        ring.scatter_(1, wide, written)
-        products = ring.to(gram.dtype) @ written.to(gram.dtype).mT
+        # By number, whole rows are copied much faster than single entries.
+        B, r, d = ring.shape
+        numbers = (places + r * torch.arange(B, device=places.device).unsqueeze(1)).flatten()
+        old = ring.view(B * r, d).index_select(0, numbers).view(B, -1, d)
+        written = torch.where(new.unsqueeze(-1), arrived.to(ring.dtype), old)
+        ring.view(B * r, d).index_copy_(0, numbers, written.flatten(0, 1))
+        products = written.to(gram.dtype) @ ring.to(gram.dtype).mT
         if scale is not None:
-            products = products * scale.unsqueeze(2) * scale.gather(1, places).unsqueeze(1)
-        columns = places.unsqueeze(1).expand_as(products)
-        products = torch.where(accept[:, None, None], products, gram.gather(2, columns))
-        gram.scatter_(2, columns, products).scatter_(1, columns.mT, products.mT)
+            products = products * scale.unsqueeze(1) * scale.gather(1, places).unsqueeze(2)
+        old = gram.view(B * r, r).index_select(0, numbers).view(B, -1, r)
+        products = torch.where(accept[:, None, None], products, old)
+        gram.view(B * r, r).index_copy_(0, numbers, products.flatten(0, 1))
+        columns = places.unsqueeze(1).expand(-1, r, -1)
+        gram.scatter_(2, columns, products.mT)
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Whitened vectors ``U = C V`` of each side.
@@ -165,14 +171,14 @@ class Window:
         )
         weights = linalg.age_weights(state["weights"], state["updates"], self.momentum)
         damping = torch.cat([self._damping(state, side) for side in sides])
-        parts = linalg.whitening(gram, weights.repeat(len(sides), 1), damping).chunk(len(sides))
-        C = dict(zip(sides, parts, strict=True))
-        U = {side: self._whitened(state, side, C[side]) for side in sides}
+        C = linalg.whitening(gram, weights.repeat(len(sides), 1), damping)
+        parts = dict(zip(sides, C.chunk(len(sides)), strict=True))
+        U = {side: self._whitened(state, side, parts[side]) for side in sides}
         usable = torch.stack([U[side].sum((1, 2)) for side in sides]).sum(0).isfinite()
         # A damaged window must not reach the gradient; 0 times NaN would.
         prepared = {side: torch.where(usable[:, None, None], U[side], 0.0) for side in sides}
         if bias and "right" in sides:
-            prepared["bias"] = torch.where(usable[:, None], C["right"].sum(-1), 0.0)
+            prepared["bias"] = torch.where(usable[:, None], parts["right"].sum(-1), 0.0)
         return {**prepared, "usable": usable}
 
     def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
@@ -182,18 +188,19 @@ class Window:
             prepared: Rows of what :meth:`prepare` returned.
             W: ``[B, d_out, d_in]``, the weight's gradient.
             b: ``[B, d_out]``, the bias's gradient, or None.
-            ok: ``[B]`` bool; other layers stay as they are.
+            ok: ``[B]`` bool, layers whose gradient has a finite norm; others stay as they are.
 
         Returns:
-            ``ok`` less the layers whose window or product is not finite.
+            ``ok`` less the layers whose window is not finite.
         """
+        # Every |U| is at most 1: of finite norms come finite products.
         ok = ok & prepared["usable"]
         if "left" in prepared:
-            ok = linalg.subtract_left(prepared["left"], W, b, ok)
+            linalg.subtract_left(prepared["left"], W, b, ok)
         if "right" in prepared:
             U = prepared["right"]
             u = prepared["bias"] if "bias" in prepared else U.new_zeros(U.shape[:-1])
-            ok = linalg.subtract_right(U, u, W, b, ok)
+            linalg.subtract_right(U, u, W, b, ok)
         return ok
 
     def project(
