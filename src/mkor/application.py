@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from mkor.batches import Batch
 from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
 from mkor.communication.sharding import Shard
-from mkor.selection import Layer
 
 __all__ = ["Stage", "measure", "precondition", "scale"]
 
@@ -37,21 +36,29 @@ class Stage:
     compare: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gradients:
     """Gradients of neighbouring layers of a batch, which are handled together.
 
     Attributes:
         where: Which of its layers they are.
-        layers: The layers.
-        W: ``[b, d_out, d_in]``, gradients, or blocks of them: views, or copies of small ones.
+        targets: The layers' own gradients of weights, and of biases.
+        W: ``[b, d_out, d_in]``, or blocks of it: a view of one layer's, or copies of small ones.
         b: ``[b, d_out]`` likewise; None where there is none.
+        alone: Whether ``W`` is large and must be copied to be multiplied, one at a time.
     """
 
     where: slice
-    layers: list[Layer]
+    targets: tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
     W: Tensor
     b: Tensor | None
+    alone: bool
+
+    def to(self, dtype: torch.dtype) -> Gradients:
+        """The same in the arithmetic's dtype."""
+        if not self.alone:
+            return self
+        return replace(self, W=self.W.to(dtype), b=None if self.b is None else self.b.to(dtype))
 
 
 @dataclass
@@ -76,6 +83,11 @@ class _Part:
     def where(self) -> slice:
         """Which of the batch's layers they are."""
         return self.gradients.where
+
+    @property
+    def alone(self) -> bool:
+        """Whether they are copies that should not be kept."""
+        return self.gradients.alone
 
     @property
     def ok(self) -> Tensor:
@@ -108,7 +120,7 @@ def measure(batches: Sequence[Batch]) -> list[list[Gradients]]:
     for batch, gradients in zip(batches, found, strict=True):
         batch.last[0] = 0.0
         for run in _neighbours(gradients):
-            batch.last[0, _span(run)] = _norms(run)
+            batch.last[0, _span(run)] = _norms(run, batch.last.dtype)
     in_lockstep((b.shard, _share_norms(b)) for b in batches if b.shard is not None)
     return found
 
@@ -134,15 +146,17 @@ def precondition(
             batch.measured = batch.watched
     pairs = list(zip(batches, gradients, strict=True))
     in_lockstep(_exchanges(pairs, stage))
-    whole = [list(_parts(batch, g, stage)) for batch, g in pairs if batch.shard is None]
+    whole = [(batch, g) for batch, g in pairs if batch.shard is None]
     if assignment is not None and assignment.shares_gradients:
-        _assigned([part for parts in whole for part in parts], stage, assignment)
+        _assigned(
+            [part for batch, g in whole for part in _parts(batch, g, stage)], stage, assignment
+        )
         return
-    for parts in whole:
-        for run in _neighbours(parts):
+    for batch, found in whole:
+        for run in _neighbours(_parts(batch, found, stage)):
             done = [_apply(part, stage) for part in run]
             product = [part.product() for part in run]
-            norms = _norms([part.gradients for part in run])
+            norms = _norms([part.gradients for part in run], batch.last.dtype)
             _finish(run, stage, torch.cat(done), norms, torch.cat(product))
 
 
@@ -253,15 +267,20 @@ def _ready(batch: Batch) -> list[int]:
 
 
 def _gradients(batch: Batch) -> Iterator[Gradients]:
-    ready = _ready(batch)
+    pairs = [
+        (None, None) if skipped else layer.gradients
+        for layer, skipped in zip(batch.layers, batch.skipped, strict=True)
+    ]
+    ready = [i for i, (weight, _) in enumerate(pairs) if weight is not None]
     size, width = _sizes(batch)
     small = size.numel() < STACK_BELOW
     for run in _runs(ready) if small else [[i] for i in ready]:
-        layers = [batch.layers[i] for i in run]
-        weights, biases = zip(*(layer.gradients for layer in layers), strict=True)
-        b = None if all(bias is None for bias in biases) else _stack(biases, width, batch.last)
-        where = slice(run[0], run[-1] + 1)
-        yield Gradients(where, layers, _stack(weights, size, batch.last), b)
+        weights, biases = zip(*(pairs[i] for i in run), strict=True)
+        alone = not small and weights[0].dtype != batch.last.dtype
+        dtype = weights[0].dtype if alone else batch.last.dtype
+        W = _stack(weights, size, dtype)
+        b = None if all(bias is None for bias in biases) else _stack(biases, width, dtype)
+        yield Gradients(slice(run[0], run[-1] + 1), (weights, biases), W, b, alone)
 
 
 def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterator[_Part]:
@@ -276,17 +295,20 @@ def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterat
     for some in gradients:
         spot = slice(some.where.start - first, some.where.stop - first)
         rows = {key: tensor[spot] for key, tensor in prepared.items()}
-        yield _Part(batch, some, rows, use[some.where])
+        yield _Part(batch, some.to(batch.last.dtype), rows, use[some.where])
 
 
-def _neighbours(parts: Sequence[Any]) -> Iterator[list[Any]]:
-    """Parts of a batch whose layers follow each other without a gap."""
+def _neighbours(parts: Iterable[Any]) -> Iterator[list[Any]]:
+    """Parts of a batch whose layers follow each other; those that need copies one by one."""
     run: list[Any] = []
     for part in parts:
-        if run and run[-1].where.stop != part.where.start:
+        if run and (run[-1].where.stop != part.where.start or part.alone):
             yield run
             run = []
         run.append(part)
+        if part.alone:
+            yield run
+            run = []
     if run:
         yield run
 
@@ -305,22 +327,24 @@ def _sizes(batch: Batch) -> tuple[torch.Size, torch.Size]:
     return torch.Size((rows, columns)), torch.Size((bias,))
 
 
-def _stack(gradients: Sequence[Tensor | None], size: torch.Size, like: Tensor) -> Tensor:
+def _stack(gradients: Sequence[Tensor | None], size: torch.Size, dtype: torch.dtype) -> Tensor:
+    like = next(g for g in gradients if g is not None)
     rows = [
-        like.new_zeros(size) if g is None else g.reshape(size).to(like.dtype) for g in gradients
+        like.new_zeros(size, dtype=dtype) if g is None else g.reshape(size).to(dtype)
+        for g in gradients
     ]
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
-def _norms(gradients: Sequence[Gradients]) -> Tensor:
+def _norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
     """``[b]``, joint norms of weights and biases of neighbouring layers."""
-    if len(gradients) == 1:
+    if len(gradients) == 1 and not gradients[0].alone:
         return linalg.joint_norm(gradients[0].W, gradients[0].b)
-    norms = torch.stack(torch._foreach_norm([some.W for some in gradients]))
-    biases = [norms.new_zeros(()) if some.b is None else some.b for some in gradients]
+    norms = torch.stack(torch._foreach_norm([some.W for some in gradients], 2, dtype))
     if all(some.b is None for some in gradients):
         return norms
-    return torch.hypot(norms, torch.stack(torch._foreach_norm(biases)))
+    biases = [norms.new_zeros(()) if some.b is None else some.b for some in gradients]
+    return torch.hypot(norms, torch.stack(torch._foreach_norm(biases, 2, dtype)))
 
 
 def _share_norms(batch: Batch) -> Exchange:
@@ -341,12 +365,11 @@ def _runs(places: list[int]) -> list[list[int]]:
 
 def _write(gradients: Gradients, ratio: Tensor) -> None:
     """Multiply what was preconditioned by ``ratio [b]`` and put it where it came from."""
-    for place, new in enumerate((gradients.W, gradients.b)):
+    for new, targets in zip((gradients.W, gradients.b), gradients.targets, strict=True):
         if new is None:
             continue
-        pairs = zip(gradients.layers, new.unbind(), strict=True)
-        targets = [(layer.gradients[place], row) for layer, row in pairs]
-        found = [(target, row.view(target.shape)) for target, row in targets if target is not None]
+        pairs = zip(targets, new.unbind(), strict=True)
+        found = [(target, row.view(target.shape)) for target, row in pairs if target is not None]
         if len(new) == 1 and new.dtype == found[0][0].dtype:
             torch.mul(found[0][1], ratio, out=found[0][0])
             continue
