@@ -273,7 +273,8 @@ def _gradients(batch: Batch) -> Iterator[Gradients]:
     ]
     ready = [i for i, (weight, _) in enumerate(pairs) if weight is not None]
     size, width = _sizes(batch)
-    small = size.numel() < STACK_BELOW
+    # Of the whole: blocks differ in size, but must be exchanged in the same order.
+    small = batch.shape.d_out * batch.shape.d_in < STACK_BELOW
     for run in _runs(ready) if small else [[i] for i in ready]:
         weights, biases = zip(*(pairs[i] for i in run), strict=True)
         alone = not small and weights[0].dtype != batch.last.dtype

@@ -124,7 +124,8 @@ class Batch:
         """
         left_out: set[int] = set()
         if isinstance(self.curvature, Inverting):
-            left_out = {id(inverse) for inverse in self.curvature.shared(self.state)[0]}
+            inverses, notes = self.curvature.shared(self.state)
+            left_out = {id(tensor) for tensor in (*inverses, *notes)}
         kept = [tensor for tensor in self.state.values() if id(tensor) not in left_out]
         return torch.stack([tensor.sum(dtype=torch.float64) for tensor in kept]).sum()
 

@@ -20,13 +20,14 @@ class Passes:
     (FSDP2) accumulate only in passes that synchronise them, so there the layers' own hooks count.
 
     Attributes:
-        on_end: Called when a pass has ended that synchronised the gradients with those of other
-            processes; None where nobody needs to know.
+        on_end: Called when the first pass of a step has ended that synchronised the gradients with
+            those of other processes; None where nobody needs to know.
     """
 
     def __init__(self) -> None:
         self.on_end: Callable[[], None] | None = None
         self.unsent = False
+        self.synchronised = 0
         self._counts: dict[Hashable, int] = {}
         self._last: dict[Hashable, int] = {}
         self._open: set[int] = set()
@@ -42,6 +43,7 @@ class Passes:
     def forget(self) -> None:
         """Begin a new step."""
         self.unsent = False
+        self.synchronised = 0
         self._counts.clear()
         self._last.clear()
         # A pass that raised never ended.
@@ -67,8 +69,7 @@ class Passes:
         if self._last.get(key) != task:
             self._last[key] = task
             self._counts[key] = self._counts.get(key, 0) + 1
-        if self.on_end is not None:
-            self._wait_for_end(task)
+        self._wait_for_end(task)
 
     def accumulated(self, key: Hashable, sharded: bool) -> None:
         """Note that a weight's gradient was accumulated.
@@ -77,15 +78,18 @@ class Passes:
             key: Of the layer.
             sharded: Whether it is the gradient of a shard, and so was synchronised.
         """
+        task = torch._C._current_graph_task_id()
         if sharded:
+            if not self._ended:
+                # A layer without rows has no hook that would.
+                self._wait_for_end(task)
             self._sharded = True
             if self._ended:
                 self._end()
             return
         self.unsent = True
         self._counts[key] = self._counts.get(key, 0) + 1
-        if self.on_end is not None:
-            self._wait_for_end(torch._C._current_graph_task_id())
+        self._wait_for_end(task)
 
     def at_end(self, do: Callable[[], None]) -> None:
         """Call something once, when the backward pass that is running ends, before ``on_end``.
@@ -93,8 +97,12 @@ class Passes:
         Args:
             do: What; the same thing is called once, however often it is asked for.
         """
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            do()
+            return
         self._to_do[do] = None
-        self._wait_for_end(torch._C._current_graph_task_id())
+        self._wait_for_end(task)
 
     def _wait_for_end(self, task: int) -> None:
         if task < 0 or task in self._open:
@@ -118,6 +126,10 @@ class Passes:
     def _end(self) -> None:
         ddp = None if self._ddp is None else self._ddp()
         synchronised = self._sharded or (ddp is not None and ddp.require_backward_grad_sync)
-        if synchronised and self.on_end is not None:
-            self._ended = self._sharded = self.unsent = False
+        if not synchronised:
+            return
+        self._ended = self._sharded = False
+        self.synchronised += 1
+        if self.on_end is not None and self.synchronised == 1:
+            self.unsent = False
             self.on_end()

@@ -80,8 +80,8 @@ class Preconditioner:
         self._inverting = curvature if isinstance(curvature, Inverting) else None
         # A wrapper that is dropped must be freed at once, hooks and all.
         self._close = weakref.WeakMethod(close)
-        self._agreed = False
-        self._processes = 0
+        self._agreed = self._early = False
+        self._processes = self._followed = 0
         self._counters = checkpoint.counters()
         device = next(checkpoint.all_parameters(base.param_groups)).device
         self.switch = None if options.hybrid is None else Switch(options.hybrid, device)
@@ -118,9 +118,11 @@ class Preconditioner:
             self._renew_entries()
         due = self.steps % options.update_every == 0
         if due:
-            watch.check_captures()
             with span("mkor.reduce"):
                 watch.reduction.finish(captured=self.gate.passes.unsent)
+            for batch in watch.batches:
+                batch.read(watch.reduction.totals)
+            watch.check_captures()
         with span("mkor.update"):
             gradients = self._update(due)
         with span("mkor.precondition"):
@@ -141,14 +143,17 @@ class Preconditioner:
         if self.switch is not None and self.switch.look(self.steps, self.communicator):
             self._release()
 
+    @torch.no_grad()
     def shadow(self) -> None:
-        """Follow a step of other processes, with nothing to add to it."""
-        if not self.active:
+        """Follow a forward pass of other processes, and the step that the last of them ends."""
+        self._followed += 1
+        if not self.active or self._followed % self._passes:
             return
         for parameter in checkpoint.all_parameters(self._base.param_groups):
             parameter.grad = None
         self._watch.forget()
-        self.precondition()
+        with self.full_precision():
+            self.precondition()
         self.finish_step()
 
     @property
@@ -203,14 +208,17 @@ class Preconditioner:
             **self._watch.selection.facts(),
         }
         check_agreement(self.communicator, facts)
-        self._agreed = True
+        # Sums may travel early where every step has one pass to send them after.
+        passes = self.communicator.gather_objects(self.gate.passes.synchronised)
+        self._agreed, self._early = any(passes) or self.steps > 0, set(passes) == {1}
 
     def _fingerprint(self) -> str:
         """What distinguishes the factors of one checkpoint from another's."""
         if not self.updates:
             return "of a new optimizer"
         sums = [batch.fingerprint().item() for batch in self._watch.batches]
-        return f"with the checksum {sum(sums)!r}"
+        # Threads add in different orders.
+        return f"with the checksum {sum(sums):.6e}"
 
     def _check_parameters(self) -> None:
         """Raise if the base holds parameters that are no longer the model's."""
@@ -225,9 +233,6 @@ class Preconditioner:
     def _update(self, due: bool) -> list[list[Gradients]]:
         watch = self._watch
         batches = watch.batches
-        if due:
-            for batch in batches:
-                batch.read(watch.reduction.totals)
         gradients = measure(batches)
         bad = [batch.check() for batch in batches]
         if not (due and bad):
@@ -248,8 +253,8 @@ class Preconditioner:
             sharing = 1 if self.options.reduce == "gather" else self.communicator.world_size
             rows = max(1, rows // (self._passes * sharing))
         self._watch.begin(self.updates, self.steps % self.options.update_every == 0, rows)
-        # Sent at the end of a backward pass only where all processes will certainly do so.
-        early = self._agreed and self.communicator.world_size > 1
+        # A vote on the output layers must not come before it on one process, after it on another.
+        early = self._early and self._agreed and self.gate.search is None
         self.gate.passes.on_end = self._watch.reduction.launch if early else None
         numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
         self._counters.copy_(torch.tensor(numbers, device="cpu"))

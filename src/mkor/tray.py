@@ -124,4 +124,4 @@ def _looks(side: PartSums | Tensor | None) -> object:
 
 @lru_cache(maxsize=64)
 def _constant(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)

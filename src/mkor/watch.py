@@ -103,6 +103,7 @@ class Watch:
         Returns:
             Sums by layer.
         """
+        self.reduction.recall()
         return {
             layer.name: [site.a, site.g, site.meta]
             for batch in self.batches
@@ -264,7 +265,10 @@ class Watch:
         return ForwardHook(self.gate, layer.name, site)
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        # fully_shard's own hook takes the whole weights away, by which products are recognised.
+        first = isinstance(hook, HiddenHook)
+        handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
+        self._handles.append(handle)
 
     def _end_search(self) -> None:
         self.gate.search = None
@@ -282,5 +286,6 @@ def _release(handles: list[Any], gate: Gate, eager: EagerUntilFound | None) -> N
     _remove(handles)
     gate.want(False)
     gate.search = None
+    gate.passes.on_end = None
     if eager is not None:
         eager.release()

@@ -212,15 +212,15 @@ class Assignment:
 
     @cached_property
     def _column(self) -> dist.ProcessGroup:
-        return self._group(self._grid.column(self._rank))
+        return self._group([self._grid.column(rank) for rank in range(self._grid.width)])
 
     @cached_property
     def _row(self) -> dist.ProcessGroup:
-        return self._group(self._grid.row(self._rank))
+        starts = range(0, self._world, self._grid.width)
+        return self._group([self._grid.row(rank) for rank in starts])
 
-    def _group(self, ranks: range) -> dist.ProcessGroup:
-        whole = len(ranks) == self._world
-        return self._communicator.group if whole else self._communicator.subgroup(ranks)
+    def _group(self, parts: list[range]) -> dist.ProcessGroup:
+        return self._communicator.group if len(parts) == 1 else self._communicator.subgroup(parts)
 
     def _broadcast(self, parts: Iterable[Part], group: dist.ProcessGroup) -> None:
         """Replace tensors by those of a member of the group, all of them at once.

@@ -75,27 +75,35 @@ class Communicator:
     def group(self) -> dist.ProcessGroup:
         """The optimizer's own process group; made at the first use, by all processes together."""
         if self._own is None:
-            self._own = self.subgroup(range(self.world_size))
+            self._own = self.subgroup([range(self.world_size)])
         return self._own
 
-    def subgroup(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """Make a group of some of the processes; only these have to call it.
+    def subgroup(self, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        """Divide the processes into groups; all of them must call it.
 
         Args:
-            ranks: Their places among the processes that train together.
+            parts: Their places among the processes that train together, group by group.
 
         Returns:
-            A new group with the parent's backend and time-out.
+            The new group that this process is in, with the parent's backend and time-out.
         """
         parent = self.parent
         members = dist.get_process_group_ranks(parent)
-        group: dist.ProcessGroup = dist.new_group(
-            [members[rank] for rank in ranks],
-            timeout=_timeout(parent),
-            backend=dist.get_backend_config(parent),
-            use_local_synchronization=True,
-        )
-        return group
+        # Processes that do not train here cannot be waited for.
+        some = parent is not dist.group.WORLD
+        mine: list[dist.ProcessGroup] = []
+        for ranks in parts:
+            if some and self.rank not in ranks:
+                continue
+            group = dist.new_group(
+                [members[rank] for rank in ranks],
+                timeout=_timeout(parent),
+                backend=dist.get_backend_config(parent),
+                use_local_synchronization=some,
+            )
+            if self.rank in ranks:
+                mine.append(group)
+        return mine[0]
 
     def sum(self, buffers: Sequence[Tensor]) -> Pending:
         """Begin to replace each buffer by its sum over all processes, in place.

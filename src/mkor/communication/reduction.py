@@ -15,10 +15,10 @@ __all__ = ["Reduction"]
 class Reduction:
     """Turns every process's flat buffers into the same totals on all.
 
-    One collective per buffer and update. Where the gradients of a backward pass are synchronised
-    in the pass itself, :meth:`launch` sends its statistics at the pass's end, while the last
-    gradients are still under way; else :meth:`finish` does all of it. Several such passes before
-    a step are sent one by one and added.
+    Every update takes exactly one collective per buffer, or processes that see different passes
+    would wait for each other. Where the gradients are synchronised in the backward pass itself,
+    :meth:`launch` begins it at the pass's end, while the last gradients are still under way; else
+    :meth:`finish` does. What is captured after a launch goes into the next update.
 
     Args:
         buffers: One-dimensional, filled by the hooks; the same layout on every process.
@@ -41,54 +41,61 @@ class Reduction:
         self._sent: list[Tensor] = []
         self._arriving: list[Tensor] = []
         self._pending: Pending | None = None
-        # What arrived of earlier launches in this step.
-        self._arrived: list[Tensor] = []
+        # What was captured after the launch.
+        self._late: list[Tensor] = []
 
     def launch(self) -> None:
-        """Send what was captured so far without waiting, and begin to capture anew."""
-        if not self.buffers or self._communicator.world_size == 1:
+        """Send what was captured so far without waiting, at most once before :meth:`finish`."""
+        if not self.buffers or self._pending is not None or self._communicator.world_size == 1:
             return
         if not self._sent:
             self._sent = [torch.empty_like(buffer) for buffer in self.buffers]
             sums = [sent.unsqueeze(0) for sent in self._sent]
             self._arriving = self._apart() if self._gather else sums
-        if self._pending is not None:
-            self._pending.wait()
-            earlier = self._arrived or [torch.zeros_like(t) for t in self._arriving]
-            self._arrived = list(torch._foreach_add(earlier, self._arriving))
+        self._add_late()
         torch._foreach_copy_(self._sent, self.buffers)
         torch._foreach_zero_(self.buffers)
         self._pending = self._begin(self._sent, self._arriving)
 
     def finish(self, captured: bool) -> None:
-        """Leave the totals of everything since the last step.
+        """Leave the totals of what was launched or, if nothing was, of everything captured.
 
         Args:
-            captured: Whether anything was captured since the last launch; must be the same on all
-                processes.
+            captured: Whether anything was captured since the launch.
         """
         if not self.buffers:
             return
         if self._pending is None:
+            self._add_late()
             self._begin(self.buffers, self.totals).wait()
             return
-        if captured:
-            self._begin(self.buffers, self.totals).wait()
-        elif self._gather:
-            torch._foreach_zero_(self.totals)
         self._pending.wait()
-        for landed in (self._arriving, self._arrived):
-            if landed:
-                torch._foreach_add_(self.totals, landed)
-        self._pending, self._arrived = None, []
+        self._pending = None
+        if captured:
+            self._late = [buffer.clone() for buffer in self.buffers]
+        torch._foreach_copy_(self.totals, self._arriving)
+
+    def recall(self) -> None:
+        """Take back what was launched: the first process captured all of it, as it were."""
+        if self._pending is None:
+            return
+        self._pending.wait()
+        self._pending = None
+        if not self._gather and self._communicator.rank == 0:
+            torch._foreach_add_(self.totals, self._arriving)
 
     def clear(self) -> None:
         """Drop what was captured, and what of it is under way."""
         if self._pending is not None:
             self._pending.wait()
-        self._pending, self._arrived = None, []
+            self._pending = None
         if self.buffers:
             torch._foreach_zero_(self.buffers)
+
+    def _add_late(self) -> None:
+        if self._late:
+            torch._foreach_add_(self.buffers, self._late)
+            self._late = []
 
     def _begin(self, buffers: list[Tensor], totals: list[Tensor]) -> Pending:
         if self._gather:
