@@ -6,114 +6,28 @@ no difference to them which process holds which rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
 import mkor
+from nets import Mlp
 
 PREFIX = "mkor_"
-NOTHING = "\0"
-LONG, SHORT = 20, 8
+LONG, SHORT = 20, 6
 """Steps of what must hold for long, and of its variants."""
 F32, F64 = torch.float32, torch.float64
-TOLERANCE = {F32: 1e-5, F64: 1e-10}
 WHOLE = {"rank": 6, "vectors": 1, "rows": None, "skip_output": False, "momentum": 0.9}
 """One mean of all rows: the same, however they are shared out."""
 EVERY = {"skip_output": False, "momentum": 0.9}
 DENSE = {"skip_output": False, "momentum": 0.5, "update_every": 1}
-
-# ---------------------------------------------------------------------------------------- models
-
-
-class Mlp(nn.Module):
-    """Widths that nothing divides, a single output, a layer used twice and one now and then."""
-
-    touch = False
-    """Whether calls that do not use the optional layer show it no rows instead of skipping it."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(7, 17)
-        self.again = nn.Linear(17, 17, bias=False)
-        self.extra = nn.Linear(17, 17)
-        self.narrow = nn.Linear(17, 5)
-        self.output = nn.Linear(5, 1)
-
-    def forward(self, x, extra):
-        x = self.first(x).tanh()
-        x = self.again(self.again(x).tanh()).tanh()
-        if extra:
-            x = x + self.extra(x).tanh()
-        elif self.touch:
-            x = x + self.extra(x[:0]).sum()
-        return self.output(self.narrow(x).tanh())
-
-    @staticmethod
-    def rows(n):
-        return torch.randn(n, 7), torch.randn(n, 1)
-
-
-class ConvNet(nn.Module):
-    """Convolutions with and without bias, padded and strided, and a layer on top."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 5, 3, padding=1)
-        self.second = nn.Conv2d(5, 3, 2, stride=2, bias=False)
-        self.output = nn.Linear(12, 2)
-
-    def forward(self, x, extra):
-        return self.output(self.second(self.first(x).tanh()).tanh().flatten(1))
-
-    @staticmethod
-    def rows(n):
-        return torch.randn(n, 2, 4, 4), torch.randn(n, 2)
-
-
-class Small(nn.Module):
-    """Little to compile; widths that can be cut along both dimensions."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 12)
-        self.second = nn.Linear(12, 6, bias=False)
-        self.output = nn.Linear(6, 6)
-
-    def forward(self, x, extra):
-        return self.output(self.second(self.first(x).tanh()).tanh())
-
-    @staticmethod
-    def rows(n):
-        return torch.randn(n, 6), torch.randn(n, 6)
-
-
-class Tokens(nn.Module):
-    """GPT-2's layers, whose weights are stored the other way round; a sample is three tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = Conv1D(9, 7)
-        self.second = Conv1D(5, 9)
-        self.output = Conv1D(2, 5)
-        for layer in (self.first, self.second, self.output):
-            nn.init.normal_(layer.weight, std=0.3)
-
-    def forward(self, x, extra):
-        return self.output(self.second(self.first(x).tanh()).tanh())
-
-    @staticmethod
-    def rows(n):
-        return torch.randn(n, 3, 7), torch.randn(n, 3, 2)
-
 
 # ----------------------------------------------------------------------------------------- cases
 
@@ -328,82 +242,24 @@ def described(optimizer: Any) -> dict[str, Any]:
     }
 
 
-ALONE: dict[int, dict[str, Any]] = {}
+ALONE: dict[str, dict[str, Any]] = {}
 
 
 def reference(cases: dict[str, Case], name: str) -> dict[str, Any]:
-    """One process on the whole batch, trained once per case."""
+    """One process on the whole batch, trained once for all ways to share the batch out."""
     case = cases[name]
-    if id(case) not in ALONE:
-        ALONE[id(case)] = train(case)
-    return ALONE[id(case)]
-
-
-# ---------------------------------------------------------------------------------------- checks
-
-
-def assert_equal(
-    found: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype, *, own: str = NOTHING
-) -> None:
-    """Weights after every step, factors, figures and decisions are those of one process.
-
-    But for entries with ``own`` in their names.
-    """
-    tolerance = TOLERANCE[dtype]
-    assert_factors_equal(found, expected, dtype, own=own)
-    assert found["covered"] == expected["covered"]
-    assert found["figures"] == pytest.approx(expected["figures"], rel=100 * tolerance, nan_ok=True)
-
-
-def assert_effective(expected: dict[str, Any], moved: float = 0.03) -> None:
-    """Preconditioning did something, or the comparison would prove little."""
-    turned = expected["figures"].get("mkor/mean_cosine", 0.0)
-    assert turned < 0.995
-    assert (expected["weights"][-1] - expected["weights"][0]).norm() > moved
-
-
-def assert_factors_equal(
-    found: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype, *, own: str = NOTHING
-) -> None:
-    """Weights after the last steps, factors and the switch are those of one process."""
-    tolerance = TOLERANCE[dtype]
-    close = {"rtol": tolerance, "atol": tolerance}
-    last = expected["weights"][-len(found["weights"]) :]
-    torch.testing.assert_close(found["weights"], last, **close)
-    assert found["switched at"] == expected["switched at"]
-    assert found["state"].keys() == expected["state"].keys()
-    for key, tensor in expected["state"].items():
-        if own in key:
-            continue
-        if "counters" in key:
-            assert torch.equal(found["state"][key][:-1], tensor[:-1])
-        else:
-            scale = tensor.double().abs().max().item() if tensor.numel() else 0.0
-            close = {"rtol": 0.0, "atol": 100 * tolerance * scale}
-            torch.testing.assert_close(found["state"][key], tensor, **close, msg=f"{key} differs")
-
-
-def assert_in_step(
-    values: list[dict[str, Any]], *, own: str = NOTHING, figures: bool = True
-) -> None:
-    """Weights, factors, figures and decisions are bitwise the same on all processes.
-
-    But for entries with ``own`` in their names.
-    """
-    first = values[0]
-    assert first["covered"] or first["switched at"]
-    for other in values[1:]:
-        assert torch.equal(first["weights"].nan_to_num(), other["weights"].nan_to_num())
-        assert first["state"].keys() == other["state"].keys()
-        for key, tensor in first["state"].items():
-            # The last counter is the process' own number of micro-batches.
-            mine, theirs = tensor, other["state"][key]
-            if "counters" in key:
-                mine, theirs = mine[:-1], theirs[:-1]
-            assert own in key or torch.equal(mine, theirs), key
-        assert first["covered"] == other["covered"]
-        if figures:
-            assert first["figures"] == pytest.approx(other["figures"], rel=0, abs=0, nan_ok=True)
-        assert first["switched at"] == other["switched at"]
-    for key, tensor in first["state"].items():
-        assert tensor.isfinite().all(), key
+    few = case.now_and_then == "few"
+    plain = dataclasses.replace(
+        case,
+        every="lonely" if case.lonely else "even",
+        now_and_then="few" if few else "",
+        period=case.period if few else 1,
+        micro=1,
+        closure=False,
+        dropped=False,
+        eager_sync=False,
+        setup={},
+    )
+    if str(plain) not in ALONE:
+        ALONE[str(plain)] = train(plain)
+    return ALONE[str(plain)]

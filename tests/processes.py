@@ -15,8 +15,7 @@ import signal
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -140,119 +139,10 @@ def outcomes(
 def launch(work: Work, world: int, folder: Path, *args: Any, **limits: float) -> list[Any]:
     """Runs ``work(place, *args)`` on ``world`` processes, and returns what each one returned."""
     ended = outcomes(work, world, folder, *args, **limits)
-    bad = [_complaint(rank, outcome) for rank, outcome in enumerate(ended) if not _well(outcome)]
+    bad = [complaint(rank, outcome) for rank, outcome in enumerate(ended) if not _well(outcome)]
     if bad:
         pytest.fail("\n\n".join(bad), pytrace=False)
     return [outcome.value for outcome in ended]
-
-
-# ------------------------------------------------------------------------- many cases per launch
-
-
-class Results(Mapping[str, list[Any]]):
-    """What each process returned in each case; a case that failed fails the test that asks.
-
-    Processes end with the first case that fails on any of them, so that nothing of it is left for
-    the next one, and others go on with what remains.
-    """
-
-    def __init__(self, run: Work, world: int, folder: Path, names: Sequence[str], **limits: float):
-        self.world, self.folder, self.names = world, folder, list(names)
-        self.ended: dict[str, list[Outcome]] = {}
-        folder.mkdir()
-        limit = time.monotonic() + limits.pop("timeout", TIMEOUT)
-        first = 0
-        while first < len(names) and (left := limit - time.monotonic()) > 0:
-            todo = list(enumerate(names))[first:]
-            ended = outcomes(_each, world, folder, run, todo, timeout=left, **limits)
-            self.ended |= dict.fromkeys(names[first:], ended)
-            while first < len(names) and self._whole(first):
-                first += 1
-            first += 1
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, name: str) -> list[Any]:
-        bad = [
-            f"process {rank}, after {failure.seconds:.1f} s:\n{failure.trace}"
-            for rank, failure in enumerate(self.failures(name))
-            if failure is not None
-        ]
-        if bad:
-            pytest.fail("\n\n".join(bad), pytrace=False)
-        return [self._load(name, rank)["value"] for rank in range(self.world)]
-
-    def failures(self, name: str) -> list[Failure | None]:
-        """What each process raised in a case."""
-        found = [self._load(name, rank)["failure"] for rank in range(self.world)]
-        return [None if failure is None else Failure(**failure) for failure in found]
-
-    def seconds(self, name: str) -> float:
-        """How long a case took, on the process that was last to end it."""
-        return max(self._load(name, rank)["seconds"] for rank in range(self.world))
-
-    def _load(self, name: str, rank: int) -> dict[str, Any]:
-        path = self._path(self.names.index(name), rank)
-        if path.exists():
-            return torch.load(path, weights_only=True)
-        ended = self.ended.get(name)
-        why = "the time was up before" if ended is None else _complaint(rank, ended[rank])
-        pytest.fail(f"{name}: no result. {why}", pytrace=False)
-
-    def _whole(self, number: int) -> bool:
-        there = all(self._path(number, rank).exists() for rank in range(self.world))
-        return there and not any(self.failures(self.names[number]))
-
-    def _path(self, number: int, rank: int) -> Path:
-        return self.folder / f"{rank}-{number}.pt"
-
-
-class Launches:
-    """The cases of a file, run together once per number of processes, when first asked for."""
-
-    def __init__(self, run: Work, request: pytest.FixtureRequest, folder: Path, **limits: float):
-        self.run, self.folder, self.limits = run, folder, limits
-        self.results: dict[int, Results] = {}
-        self.wanted: dict[int, dict[str, None]] = {}
-        for item in request.session.items:
-            if item.path == request.path and hasattr(item, "callspec"):
-                how = item.callspec.params
-                if {"world", "name"} <= how.keys():
-                    self.wanted.setdefault(how["world"], {})[how["name"]] = None
-
-    @property
-    def names(self) -> list[str]:
-        """Every case that a test asks for."""
-        return list(dict.fromkeys(name for names in self.wanted.values() for name in names))
-
-    def __call__(self, world: int) -> Results:
-        if world not in self.results:
-            names, folder = list(self.wanted[world]), self.folder / str(world)
-            self.results[world] = Results(self.run, world, folder, names, **self.limits)
-        return self.results[world]
-
-
-def _each(place: Place, run: Work, cases: Sequence[tuple[int, str]]) -> None:
-    """Each case in a group of its own, until one fails."""
-    for number, name in cases:
-        path, start = place.folder / f"{place.rank}-{number}.pt", time.monotonic()
-        try:
-            torch.manual_seed(0)
-            with warnings.catch_warnings(), place.group(name):
-                warnings.simplefilter("error")
-                found = {"value": run(place, name), "failure": None}
-        except Exception as error:
-            _save({"value": None, "failure": described(error, start), "seconds": 0.0}, path)
-            place.meet(name, False)
-            raise
-        _save(found | {"seconds": time.monotonic() - start}, path)
-        del found
-        if not place.meet(name, True):
-            return
 
 
 # --------------------------------------------------------------------------- in the new processes
@@ -271,10 +161,10 @@ def _enter(rank, world, folder, port, deadline, collective, work, args) -> None:
             value = work(Place(rank, world, folder, store, collective), *args)
         except Exception as error:
             # Groups whose peers are gone may wait for ever in their destructors: free nothing.
-            _save({"value": None, "failure": described(error, start)}, path)
+            save({"value": None, "failure": described(error, start)}, path)
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
-    _save({"value": value, "failure": None}, path)
+    save({"value": value, "failure": None}, path)
 
 
 def _end_with_parent() -> None:
@@ -289,7 +179,7 @@ def described(error: Exception, start: float) -> dict[str, Any]:
     return {"kind": type(error).__name__, "message": str(error), "trace": trace, "seconds": seconds}
 
 
-def _save(found: Any, path: Path) -> None:
+def save(found: Any, path: Path) -> None:
     """Whole or not at all."""
     torch.save(found, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
@@ -329,7 +219,7 @@ def _well(outcome: Outcome) -> bool:
     return outcome.failure is None and not outcome.signal
 
 
-def _complaint(rank: int, outcome: Outcome) -> str:
+def complaint(rank: int, outcome: Outcome) -> str:
     text = f"Process {rank} ended after {outcome.seconds:.1f} s"
     if outcome.signal:
         text += f" by {signal.Signals(outcome.signal).name}"

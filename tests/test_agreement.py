@@ -12,7 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mkor
-from processes import Launches, described
+from launches import Launches
+from processes import described
 
 SECONDS = 10.0
 OPTIONS = {"rank": 4, "vectors": 2, "rows": 8}

@@ -170,8 +170,8 @@ def test_the_picture_has_a_place_of_its_own(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--widths", "8,16"], "go with --scaling"),
-        (["--plot", "x.png"], "go with --scaling"),
+        (["--widths", "8,16"], "goes with --scaling"),
+        (["--plot", "no/such/x.png"], "no folder"),
         (["--scaling", "--rounds", "3"], "takes no rounds"),
         (["--scaling", "--width", "64"], "takes no width"),
         (["sgd", "--scaling"], "takes no contestants"),

@@ -13,7 +13,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+DISTRIBUTED = {"ddp", "fsdp"}
+"""Started by torchrun: test_examples_distributed.py."""
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in DISTRIBUTED]
 LOSSES = re.compile(r"loss: (\d+\.\d+) -> (\d+\.\d+)")
 
 pytestmark = [

@@ -9,10 +9,13 @@ import torch
 
 import mkor
 import oracles
-from parallel import SHORT, Case, ConvNet, assert_in_step, train
-from processes import Launches
+from alike import assert_in_step
+from launches import Launches
+from nets import ConvNet
+from parallel import SHORT, Case, train
 from recording import Recorder, gradients
 from test_ddp import distributed
+from test_fsdp import sharded
 
 LR = 0.05
 SPARE = {
@@ -35,8 +38,10 @@ BY_HAND = {
     "convolutions": Case(ConvNet, options=GATHER, every="uneven"),
     "rows that are all": Case(options=GATHER | {"rows": 5}),
     "accumulation": Case(options=GATHER, micro=2),
+    "accumulation, always reduced": Case(options=GATHER, micro=2, eager_sync=True),
     "a process without rows": Case(options=GATHER, now_and_then="none"),
     "a lonely layer": Case(options=GATHER, every="lonely", setup={"touch": True}),
+    "FSDP2": Case(options=GATHER, every="uneven"),
     "every other step": Case(options=GATHER | {"update_every": 2}),
     "rescaled by running averages": Case(options=GATHER | {"rescale": "running"}),
     "mean": Case(options=SPARE, every="uneven"),
@@ -50,18 +55,27 @@ IN_STEP = {
         every="uneven",
     ),
 }
+SAME = {
+    "mean of the same rows": (SPARE | {"vectors": 2, "rows": 6}, 1),
+    "mean of the same rows, accumulation": (SPARE | {"vectors": 2, "rows": 6}, 2),
+    "gathering the same rows": (GATHER | {"rows": 3}, 1),
+    "gathering the same rows, accumulation": (GATHER | {"rows": 3}, 2),
+}
+"""Options, and micro-batches: every process has all rows."""
 REFUSED = {
     "more vectors than the rank": Case(options=GATHER | {"rank": 5}),
 }
 CASES = {
     name: dataclasses.replace(case, base="plain")
     for name, case in (BY_HAND | IN_STEP | REFUSED).items()
-}
+} | {name: Case(options=options, micro=micro) for name, (options, micro) in SAME.items()}
 
 
 def run(place, name):
     """A process' part of a case."""
-    return train(CASES[name], distributed, place.rank, place.world)
+    setup = sharded if name == "FSDP2" else distributed
+    whole = (0, 1) if name in SAME else (place.rank, place.world)
+    return train(CASES[name], setup, *whole)
 
 
 @pytest.fixture(scope="module", name="launches")
@@ -148,6 +162,20 @@ def test_equals_vectors_put_together_by_hand(launches, world, name):
     expected = by_hand(CASES[name], world)
     torch.testing.assert_close(values[0]["weights"], expected, rtol=1e-9, atol=1e-9)
     assert values[0]["figures"]["mkor/mean_cosine"] < 0.995
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", SAME)
+def test_processes_with_the_same_rows(launches, world, name):
+    """``m`` rows of a mean are ``m / W`` of each process; what is gathered has all of its own."""
+    values = launches(world)[name]
+    assert_in_step(values)
+    options, case = SAME[name][0], CASES[name]
+    share = {"rows": options["rows"] // world} if "mean" in name else {"vectors": -(-4 // world)}
+    alone = train(dataclasses.replace(case, options=options | share | {"reduce": "mean"}))
+    torch.testing.assert_close(values[0]["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
+    whole = train(dataclasses.replace(case, options=options | {"rows": None, "reduce": "mean"}))
+    assert (whole["weights"] - alone["weights"]).norm() > 1e-3
 
 
 @pytest.mark.parametrize("world", [2, 3])

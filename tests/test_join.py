@@ -9,8 +9,10 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import mkor
-from parallel import DENSE, EVERY, F64, WHOLE, Mlp, assembled, assert_in_step, described, parts
-from processes import Launches
+from alike import assert_in_step
+from launches import Launches
+from nets import Mlp
+from parallel import DENSE, EVERY, F64, WHOLE, assembled, described, parts
 
 ROWS = 6
 BATCHES = {1: (7,), 2: (7, 4), 3: (7, 2, 5)}

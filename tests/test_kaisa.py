@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import mkor
-from parallel import EVERY, F32, LONG, Case, ConvNet, assert_equal, assert_in_step, reference, train
-from processes import Launches
+from alike import assert_equal, assert_in_step
+from launches import Launches
+from nets import ConvNet
+from parallel import EVERY, F32, LONG, Case, reference, train
 from test_ddp import LONELY
 from test_ddp import distributed as ddp
 
@@ -36,10 +39,13 @@ KINDS = {
     ", output left out": {"options": {"skip_output": True}},
     ", skipped": {"options": {"nonfinite": "skip"}, "bad": 3},
 }
+FEW = ("", ", uneven", ", convolutions", ", inverse every three", ", skipped")
+"""What is tested of the fraction that is the default, too: the rest is as with other curvatures."""
 CASES = {
     f"{fraction['fraction']}{name}": kfac(setup=fraction, **how)
-    for fraction in (LEAST, MOST)
+    for fraction, kinds in ((LEAST, KINDS), (MOST, FEW))
     for name, how in KINDS.items()
+    if name in kinds
 } | {
     "least, a lonely layer": kfac(setup=LEAST | LONELY, every="lonely"),
     "most, a lonely layer": kfac(setup=MOST | LONELY, every="lonely"),
@@ -58,6 +64,8 @@ def distributed(case, net):
 
 def run(place, name):
     """A process' part of a case, and how much memory its inverses take."""
+    if name == "refused sharded":
+        return refused_when_sharded(place.world)
     if name.startswith("refused"):
         return refused(float(name.split()[1]))
     kept = {}
@@ -82,6 +90,17 @@ def refused(fraction):
         optimizer = mkor.KFAC(net, base, skip_output=False, grad_worker_fraction=fraction)
         net(torch.ones(1, 2)).sum().backward()
         optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refused_when_sharded(world):
+    """What is said of gradients that no process holds as a whole."""
+    net = fully_shard(torch.nn.Linear(8, 8))
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    try:
+        mkor.KFAC(net, base, skip_output=False, grad_worker_fraction=1 / world)
     except ValueError as error:
         return str(error)
     return ""
@@ -128,6 +147,13 @@ def test_fractions_that_do_not_fit_are_refused(launches, world, name):
             assert f"1/{world}" in message, "it says what would fit"
         else:
             assert not message
+
+
+@pytest.mark.parametrize("world", [2])
+@pytest.mark.parametrize("name", ["refused sharded"])
+def test_sharing_gradients_needs_whole_ones(launches, world, name):
+    for message in launches(world)[name]:
+        assert "grad_worker_fraction" in message
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, "half", None, True])

@@ -14,7 +14,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import mkor
-from processes import Launches, described
+from launches import Launches
+from processes import described
 
 
 def net_of():

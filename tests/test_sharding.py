@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from processes import Launches
+from launches import Launches
 from sharded import ALL, BLOCKS, CASES, PARALLEL, STEPS, SUMS, TURNED
 
 ONLY_ON_THREE = {"hybrid, three copies", "sum, two of three"}
