@@ -47,6 +47,8 @@ class Case:
 
     ``every`` names the shares of all steps but those of the right remainder by ``period``, which
     ``now_and_then`` names. ``micro`` counts micro-batches; 0 gives each process another number.
+    From the third step on there are ``micro_later`` of them. In step ``added`` the base gets the
+    optional layer, between the backward pass and the step.
     ``bad`` is a step whose last row, the last process', is multiplied with ``spoilt``.
     """
 
@@ -60,6 +62,8 @@ class Case:
     now_and_then: str = ""
     period: int = 3
     micro: int = 1
+    micro_later: int | None = None
+    added: int = -1
     bad: int = -1
     spoilt: float = float("nan")
     clip: bool = False
@@ -87,7 +91,8 @@ class Case:
         for i, (start, stop) in enumerate(parts):
             if alone or i == rank:
                 flag = i == 0 or not self.lonely
-                edges = torch.arange(start, stop).tensor_split(self.micro or rank + 1)
+                micro = self.micro if step < 2 or self.micro_later is None else self.micro_later
+                edges = torch.arange(start, stop).tensor_split(micro or rank + 1)
                 at = start
                 for edge in edges:
                     found.append((slice(at, at + len(edge)), flag))
@@ -104,10 +109,13 @@ class Case:
         return x, y
 
 
-def base_of(name: str, parameters: Any) -> torch.optim.Optimizer:
-    if name == "adamw":
+def base_of(case: Case, net: nn.Module) -> torch.optim.Optimizer:
+    """Over all parameters but those that are added later."""
+    later = () if case.added < 0 else tuple(net.extra.parameters())
+    parameters = [p for p in net.parameters() if all(p is not other for other in later)]
+    if case.base == "adamw":
         return torch.optim.AdamW(parameters, lr=0.005, eps=1e-3)
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9 if name == "sgd" else 0.0)
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9 if case.base == "sgd" else 0.0)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -117,7 +125,7 @@ Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 
 
 def alone(case: Case, net: nn.Module) -> tuple[nn.Module, Any]:
-    return net, case.wrap(net, base_of(case.base, net.parameters()), **case.options)
+    return net, case.wrap(net, base_of(case, net), **case.options)
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -164,7 +172,7 @@ def train(
             load(model, optimizer)
         history = [parts(net)]
         for step in range(start, case.steps):
-            take_step(case, model, optimizer, step, rank, world)
+            take_step(case, net, model, optimizer, step, rank, world)
             history.append(parts(net))
             if step == case.steps - 2:
                 optimizer.diagnostics()  # from now on it measures the cosines
@@ -175,7 +183,7 @@ def train(
         torch.set_default_dtype(F32)
 
 
-def take_step(case: Case, model: nn.Module, optimizer: Any, step: int, rank: int, world: int):
+def take_step(case: Case, net, model, optimizer: Any, step: int, rank: int, world: int) -> None:
     optimizer.zero_grad()
     if case.dropped:
         backward(case, model, step + 1, rank, world)
@@ -186,6 +194,8 @@ def take_step(case: Case, model: nn.Module, optimizer: Any, step: int, rank: int
     loss = backward(case, model, step, rank, world)
     if case.options.get("hybrid") is not None:
         optimizer.report_loss(loss)
+    if case.added == step:
+        optimizer.add_param_group({"params": list(net.extra.parameters())})
     if case.clip:
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     optimizer.step()
@@ -255,6 +265,7 @@ def reference(cases: dict[str, Case], name: str) -> dict[str, Any]:
         now_and_then="few" if few else "",
         period=case.period if few else 1,
         micro=1,
+        micro_later=None,
         closure=False,
         dropped=False,
         eager_sync=False,

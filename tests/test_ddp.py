@@ -51,6 +51,9 @@ EXACT = {
     "a process without rows": Case(every="uneven", now_and_then="none"),
     "a process without rows, convolutions": Case(ConvNet, now_and_then="none"),
     "a process that never has rows": Case(every="none", now_and_then="none"),
+    "fewer passes later, always reduced": Case(micro=2, micro_later=1, eager_sync=True),
+    "another number of passes later": Case(micro=1, micro_later=2, every="uneven"),
+    "a layer added before a step": Case(added=3),
     "a closure": Case(closure=True),
     "clipped": Case(clip=True, every="uneven"),
     "dropped passes": Case(dropped=True, micro=2),
@@ -86,6 +89,14 @@ COMPILE = {
     ),
 }
 IN_STEP = {
+    "more passes later, always reduced": Case(micro=1, micro_later=2, eager_sync=True),
+    "only a lonely layer, more passes later": Case(
+        options=WHOLE | ONLY_EXTRA,
+        every="lonely",
+        micro_later=2,
+        eager_sync=True,
+        setup=LONELY,
+    ),
     "chunks": Case(options=CHUNKS),
     "chunks, uneven": Case(options=CHUNKS, every="uneven", now_and_then="none"),
     "chunks, accumulation": Case(options=CHUNKS, micro=2),
@@ -99,33 +110,39 @@ NAN = {
 CASES = EXACT | COMPILE | IN_STEP | NAN
 ON_ONE = {"linear", "convolutions", "accumulation", "DDP first", "KFAC", "chunks"}
 """What one process in a group runs, too."""
-ON_TWO = {
-    "transposed",
-    "over AdamW",
-    "DDP first, wrapped as a whole",
-    "views into buckets",
-    "static graph",
-    "accumulation, convolutions",
-    "a lonely layer, float32",
-    "a closure",
-    "clipped",
-    "rescaled each step",
-    "left side",
-    "right side",
-    "dense, exact",
-    "KFAC, convolutions",
-    "NaN, propagated, KFAC",
-    "chunks, accumulation",
-    "attention",
-    "two dtypes",
-    *COMPILE,
+ON_THREE = {
+    "linear",
+    "convolutions, float32",
+    "accumulation",
+    "other numbers of micro-batches",
+    "accumulation, always reduced",
+    "a lonely layer",
+    "only a lonely layer, always reduced",
+    "only a lonely layer, more passes later",
+    "heads of their own",
+    "uneven last batches",
+    "a process without rows, convolutions",
+    "a process that never has rows",
+    "every third step, accumulation",
+    "clipped by kl",
+    "output left out",
+    "dense",
+    "KFAC",
+    "Eva",
+    "hybrid",
+    "overflow on one process",
+    "NaN, skipped",
+    "NaN, propagated",
+    "chunks, uneven",
+    "chunks, a lonely layer",
 }
-"""What three processes need not run."""
+"""What three processes run, too; two run everything."""
 
 
 def pairs(names):
-    left_out = {3: ON_TWO, 2: set(), 1: set(CASES) - ON_ONE}
-    return [(world, name) for world in (1, 2, 3) for name in names if name not in left_out[world]]
+    """Numbers of processes, and cases."""
+    chosen = {1: ON_ONE, 2: CASES, 3: ON_THREE}
+    return [(world, name) for world in chosen for name in names if name in chosen[world]]
 
 
 def distributed(case: Case, net: nn.Module):
@@ -138,7 +155,7 @@ def distributed(case: Case, net: nn.Module):
         options = options | {"process_group": torch.distributed.new_group()}
 
     def wrap(model):
-        return case.wrap(model, base_of(case.base, net.parameters()), **options)
+        return case.wrap(model, base_of(case, net), **options)
 
     optimizer = wrap(net) if order == "MKOR first" else None
     inner = torch.compile(net, backend="aot_eager") if compiled == "inside" else net

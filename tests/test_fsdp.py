@@ -60,6 +60,9 @@ EXACT = {
     "uneven last batches": Case(every="uneven", now_and_then="few"),
     "a process without rows": Case(every="uneven", now_and_then="none"),
     "a process without rows, convolutions": Case(ConvNet, now_and_then="none"),
+    "fewer passes later, always reduced": Case(micro=2, micro_later=1, eager_sync=True),
+    "another number of passes later": Case(micro=1, micro_later=2, every="uneven"),
+    "a layer added before a step": Case(added=3),
     "a closure": Case(closure=True),
     "clipped": Case(clip=True, every="uneven"),
     "dropped passes": Case(dropped=True, micro=2),
@@ -94,6 +97,13 @@ EXACT = {
 }
 COMPILE = {"compiled": Case(Small, setup={"compile": True}, every="uneven", steps=4)}
 IN_STEP = {
+    "more passes later, always reduced": Case(micro=1, micro_later=2, eager_sync=True),
+    "only a lonely layer, more passes later": Case(
+        options=WHOLE | ONLY_EXTRA,
+        every="lonely",
+        micro_later=2,
+        eager_sync=True,
+    ),
     "chunks": Case(options=CHUNKS, every="uneven", now_and_then="none"),
     "mixed precision": Case(setup={"mixed": True}, dtype=F32, micro=2),
     "mixed precision, KFAC": Case(
@@ -107,41 +117,40 @@ NAN = {
 CASES = EXACT | COMPILE | IN_STEP | NAN
 ON_ONE = {"linear", "convolutions", "swapped", "accumulation", "KFAC", "mixed precision"}
 """What one process in a group runs, too."""
-ON_TWO = {
-    "attention",
-    "two dtypes",
-    "linear, float32",
-    "convolutions, float32",
-    "transposed, float32",
-    "dropped passes",
-    "a process without rows, convolutions",
-    "KFAC, transposed",
-    "transposed, one side",
-    "columns, KFAC",
-    "each layer on its own, swapped",
-    "not resharded",
-    "shards on a 2-D mesh, convolutions",
-    "a closure",
-    "clipped",
-    "rescaled each step",
-    "not rescaled",
-    "left side",
-    "right side",
-    "dense, left side",
-    "KFAC, convolutions",
-    "Eva, transposed, running",
-    "replicas, float32",
-    "mixed precision, KFAC",
-    "a lonely layer, float32",
-    "accumulation, float32",
-    *COMPILE,
+ON_THREE = {
+    "linear",
+    "convolutions",
+    "transposed",
+    "columns",
+    "swapped",
+    "each layer on its own",
+    "replicas",
+    "shards on a 2-D mesh",
+    "accumulation, always reduced",
+    "a lonely layer",
+    "only a lonely layer, always reduced",
+    "uneven last batches",
+    "a process without rows",
+    "clipped by kl",
+    "output left out",
+    "dense",
+    "KFAC",
+    "Eva",
+    "hybrid",
+    "overflow on one process",
+    "NaN in one shard, skipped",
+    "NaN in one shard, replicas",
+    "NaN in one shard, propagated",
+    "chunks",
+    "mixed precision",
 }
-"""What three processes need not run."""
+"""What three processes run, too; two run everything."""
 
 
 def pairs(names):
-    left_out = {3: ON_TWO, 2: set(), 1: set(CASES) - ON_ONE}
-    return [(world, name) for world in (1, 2, 3) for name in names if name not in left_out[world]]
+    """Numbers of processes, and cases."""
+    chosen = {1: ON_ONE, 2: CASES, 3: ON_THREE}
+    return [(world, name) for world in chosen for name in names if name in chosen[world]]
 
 
 def mesh_of(kind, world):
@@ -185,7 +194,7 @@ def sharded(case: Case, net: nn.Module):
     net.touch = True  # FSDP2 itself needs every layer to take part on every process
     if order == "shards first":
         shard(net, **how)
-    optimizer = case.wrap(net, base_of(case.base, net.parameters()), **case.options)
+    optimizer = case.wrap(net, base_of(case, net), **case.options)
     if order != "shards first":
         swap_parameters(optimizer, net, lambda: shard(net, **how))
     return torch.compile(net, backend="aot_eager") if compiled else net, optimizer

@@ -45,6 +45,7 @@ BY_HAND = {
     "every other step": Case(options=GATHER | {"update_every": 2}),
     "rescaled by running averages": Case(options=GATHER | {"rescale": "running"}),
     "mean": Case(options=SPARE, every="uneven"),
+    "late passes": Case(options=SPARE | {"vectors": 1}, micro_later=2, eager_sync=True),
     "mean, accumulation": Case(options=SPARE, micro=2, every="uneven"),
 }
 IN_STEP = {
@@ -127,6 +128,16 @@ def recorded(case: Case, net, recorder: Recorder, step: int, world: int):
     return gradients(net), calls
 
 
+def put_off(calls, late):
+    """What was captured after a process' first pass waits for the next update."""
+    now, rest = {}, {}
+    for name, found in calls.items():
+        first = {rank: number for number, (rank, _) in reversed(list(enumerate(found)))}
+        now[name] = late[name] + [found[number] for number in first.values()]
+        rest[name] = [call for i, call in enumerate(found) if i not in first.values()]
+    return now, rest
+
+
 def by_hand(case: Case, world: int) -> torch.Tensor:
     """The weights after each step, from the oracles alone."""
     torch.manual_seed(0)
@@ -139,8 +150,11 @@ def by_hand(case: Case, world: int) -> torch.Tensor:
         for name, layer in recorder.layers.items()
     }
     history = [torch.cat([p.detach().flatten() for p in net.parameters()])]
+    late = {name: [] for name in twins}
     for step in range(case.steps):
         raw, calls = recorded(case, net, recorder, step, world)
+        if case.micro_later:
+            calls, late = put_off(calls, late)
         for name, twin in twins.items():
             if step % case.options.get("update_every", 1) == 0:
                 twin.history.append(statistics(case, calls[name], world, twin.bias))

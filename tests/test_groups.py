@@ -33,7 +33,7 @@ def run(place, name):
 
     def distributed(case, net):
         options = case.options | {"process_group": group}
-        optimizer = case.wrap(net, base_of(case.base, net.parameters()), **options)
+        optimizer = case.wrap(net, base_of(case, net), **options)
         return DistributedDataParallel(net, process_group=group), optimizer
 
     case = dataclasses.replace(CASES[name], steps=CASES[name].steps + 2 * here)

@@ -51,6 +51,15 @@ CASES = {
     "most, a lonely layer": kfac(setup=MOST | LONELY, every="lonely"),
 }
 """What the fraction's name says first: ``1/W``, or 1."""
+ON_THREE = [
+    "least",
+    "least, uneven",
+    "least, inverse every three",
+    "least, skipped",
+    "least, a lonely layer",
+    "most, uneven",
+]
+"""What three processes run, too; two run everything."""
 
 
 def distributed(case, net):
@@ -111,8 +120,9 @@ def _launches(request, tmp_path_factory):
     return Launches(run, request, tmp_path_factory.mktemp("kaisa"))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("world", "name"), [(2, name) for name in CASES] + [(3, name) for name in ON_THREE]
+)
 def test_equals_one_process_on_the_whole_batch(launches, world, name):
     """Neither the fraction nor the number of processes makes a difference."""
     values = launches(world)[name]

@@ -209,8 +209,10 @@ class Preconditioner:
         }
         check_agreement(self.communicator, facts)
         # Sums may travel early where every step has one pass to send them after.
-        passes = self.communicator.gather_objects(self.gate.passes.synchronised)
-        self._agreed, self._early = any(passes) or self.steps > 0, set(passes) == {1}
+        mine = self.gate.passes
+        passes = self.communicator.gather_objects((mine.synchronised, mine.most > 0))
+        self._agreed = self.steps > 0 or any(seen for _, seen in passes)
+        self._early = all(count == 1 for count, _ in passes)
 
     def _fingerprint(self) -> str:
         """What distinguishes the factors of one checkpoint from another's."""

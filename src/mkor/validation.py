@@ -49,7 +49,10 @@ def check_model(model: object) -> None:
                 "torch.nn.parallel.DistributedDataParallel"
             )
         if isinstance(module, FullyShardedDataParallel):
-            raise TypeError("FSDP1 flattens parameters, so layers have no matrices: train with DDP")
+            raise TypeError(
+                "FSDP1 flattens parameters, so layers have no matrices: train with fully_shard "
+                "(FSDP2) or DDP"
+            )
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}" if name else key
             if is_lazy(parameter):
