@@ -350,7 +350,7 @@ def test_no_warning_while_losses_come():
     assert ["no finite loss" in str(warning.message) for warning in caught] == [True]
 
 
-def test_nothing_synchronises_between_looks(monkeypatch):
+def test_nothing_synchronises_between_looks(monkeypatch, as_on_a_gpu):
     """``report_loss`` of a tensor and a step that is no look read no value."""
     model = seeded()
     optimizer = ROWS["mkor+sgd"].make(model, hybrid=SWITCH)

@@ -226,7 +226,7 @@ def test_overflow_of_the_preconditioned_gradient():
     assert counted(optimizer) > before
 
 
-def test_skipping_synchronises_only_when_asked(monkeypatch):
+def test_skipping_synchronises_only_when_asked(monkeypatch, as_on_a_gpu):
     """With the default nothing reads a tensor's value in a step: no device would ever wait."""
     model = seeded()
     optimizer = ROWS["mkor+sgd"].make(model)

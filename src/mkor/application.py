@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,11 +13,9 @@ from mkor.batches import Batch
 from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
 from mkor.communication.sharding import Shard
+from mkor.gradients import Gradients, find, neighbours, norms, span_of, write
 
 __all__ = ["Stage", "measure", "precondition", "scale"]
-
-STACK_BELOW = 1 << 16
-"""Weights with fewer entries share one batched product; larger ones would only be copied for it."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +31,6 @@ class Stage:
     due: bool
     rescale: str | None
     compare: bool = False
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of neighbouring layers of a batch, which are handled together.
-
-    Attributes:
-        where: Which of its layers they are.
-        targets: The layers' own gradients of weights, and of biases.
-        W: ``[b, d_out, d_in]``, or blocks of it: a view of one layer's, or copies of small ones.
-        b: ``[b, d_out]`` likewise; None where there is none.
-        alone: Whether ``W`` is large and must be copied to be multiplied, one at a time.
-    """
-
-    where: slice
-    targets: tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
-    W: Tensor
-    b: Tensor | None
-    alone: bool
-
-    def to(self, dtype: torch.dtype) -> Gradients:
-        """The same in the arithmetic's dtype."""
-        if not self.alone:
-            return self
-        return replace(self, W=self.W.to(dtype), b=None if self.b is None else self.b.to(dtype))
 
 
 @dataclass
@@ -116,11 +88,12 @@ def measure(batches: Sequence[Batch]) -> list[list[Gradients]]:
     Returns:
         The gradients of every batch.
     """
-    found = [list(_gradients(batch)) for batch in batches]
+    found = [list(find(batch)) for batch in batches]
     for batch, gradients in zip(batches, found, strict=True):
-        batch.last[0] = 0.0
-        for run in _neighbours(gradients):
-            batch.last[0, _span(run)] = _norms(run, batch.last.dtype)
+        if not _complete(batch, gradients):
+            batch.last[0] = 0.0
+        for run in neighbours(gradients):
+            batch.last[0, span_of(run)] = norms(run, batch.last.dtype)
     in_lockstep((b.shard, _share_norms(b)) for b in batches if b.shard is not None)
     return found
 
@@ -153,11 +126,11 @@ def precondition(
         )
         return
     for batch, found in whole:
-        for run in _neighbours(_parts(batch, found, stage)):
+        for run in neighbours(_parts(batch, found, stage)):
             done = [_apply(part, stage) for part in run]
             product = [part.product() for part in run]
-            norms = _norms([part.gradients for part in run], batch.last.dtype)
-            _finish(run, stage, torch.cat(done), norms, torch.cat(product))
+            norm = norms([part.gradients for part in run], batch.last.dtype)
+            _finish(run, stage, torch.cat(done), norm, torch.cat(product))
 
 
 def scale(batch: Batch, factor: Tensor) -> None:
@@ -228,33 +201,31 @@ def _finish(
     parts: Sequence[_Part], stage: Stage, done: Tensor, norm: Tensor, product: Tensor
 ) -> None:
     """Rescale neighbours, write their gradients, and keep the figures."""
-    batch, here = parts[0].batch, _span(parts)
+    batch, here = parts[0].batch, span_of(parts)
     raw = batch.last[0, here]
     batch.last[1, here] = norm
     if parts[0].raw is not None:
         batch.last[2, here] = product
     batch.done[here] = done
-    use = torch.cat([part.use for part in parts])
-    batch.refused[1, here] += use & ~done
+    if not linalg.all_hold(done):
+        batch.refused[1, here] += torch.cat([part.use for part in parts]) & ~done
     ratio = _ratio(batch, here, raw, norm, done, stage.rescale)
     sizes = [len(part.use) for part in parts]
     for part, by in zip(parts, ratio.split(sizes), strict=True):
-        _write(part.gradients, by)
+        write(part.gradients, by)
 
 
 def _ratio(
     batch: Batch, where: slice, raw: Tensor, norm: Tensor, keep: Tensor, rescale: str | None
 ) -> Tensor:
-    norms = batch.state["norms"]
-    old = norms[where]
+    old = batch.state["norms"][where]
     moved = linalg.momentum_average(old, torch.stack((raw, norm), 1), batch.curvature.momentum)
-    moved = torch.where(keep.unsqueeze(1), moved, old)
-    norms[where] = moved
+    old.copy_(linalg.where(keep, moved, old))
     if rescale is None:
         return torch.ones_like(raw)
     if rescale == "running":
-        raw, norm = moved.unbind(1)
-    return torch.where(keep, linalg.norm_ratio(raw, norm), 1.0)
+        raw, norm = old.unbind(1)
+    return linalg.where(keep, linalg.norm_ratio(raw, norm), 1.0)
 
 
 def _ready(batch: Batch) -> list[int]:
@@ -266,24 +237,6 @@ def _ready(batch: Batch) -> list[int]:
     ]
 
 
-def _gradients(batch: Batch) -> Iterator[Gradients]:
-    pairs = [
-        (None, None) if skipped else layer.gradients
-        for layer, skipped in zip(batch.layers, batch.skipped, strict=True)
-    ]
-    ready = [i for i, (weight, _) in enumerate(pairs) if weight is not None]
-    size, width = _sizes(batch)
-    # Of the whole: blocks differ in size, but must be exchanged in the same order.
-    small = batch.shape.d_out * batch.shape.d_in < STACK_BELOW
-    for run in _runs(ready) if small else [[i] for i in ready]:
-        weights, biases = zip(*(pairs[i] for i in run), strict=True)
-        alone = not small and weights[0].dtype != batch.last.dtype
-        dtype = weights[0].dtype if alone else batch.last.dtype
-        W = _stack(weights, size, dtype)
-        b = None if all(bias is None for bias in biases) else _stack(biases, width, dtype)
-        yield Gradients(slice(run[0], run[-1] + 1), (weights, biases), W, b, alone)
-
-
 def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterator[_Part]:
     if not gradients:
         return
@@ -291,7 +244,8 @@ def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterat
     if stage.due:
         use = use & batch.seen & batch.finite
     first, beyond = gradients[0].where.start, gradients[-1].where.stop
-    spanned = {key: tensor[first:beyond] for key, tensor in batch.state.items()}
+    whole = beyond - first == len(batch.layers)
+    spanned = batch.state if whole else {k: v[first:beyond] for k, v in batch.state.items()}
     prepared = batch.curvature.prepare(spanned, batch.shape)
     for some in gradients:
         spot = slice(some.where.start - first, some.where.stop - first)
@@ -299,80 +253,12 @@ def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterat
         yield _Part(batch, some.to(batch.last.dtype), rows, use[some.where])
 
 
-def _neighbours(parts: Iterable[Any]) -> Iterator[list[Any]]:
-    """Parts of a batch whose layers follow each other; those that need copies one by one."""
-    run: list[Any] = []
-    for part in parts:
-        if run and (run[-1].where.stop != part.where.start or part.alone):
-            yield run
-            run = []
-        run.append(part)
-        if part.alone:
-            yield run
-            run = []
-    if run:
-        yield run
-
-
-def _span(parts: Sequence[Any]) -> slice:
-    return slice(parts[0].where.start, parts[-1].where.stop)
-
-
-def _sizes(batch: Batch) -> tuple[torch.Size, torch.Size]:
-    """Of the gradients that are here: the whole matrix and bias, or blocks."""
-    d_out, d_in = batch.shape.d_out, batch.shape.d_in
-    if batch.shard is None:
-        return torch.Size((d_out, d_in)), torch.Size((d_out,))
-    block = batch.shard.block
-    rows, columns, bias = (s.stop - s.start for s in (block.rows, block.columns, block.bias))
-    return torch.Size((rows, columns)), torch.Size((bias,))
-
-
-def _stack(gradients: Sequence[Tensor | None], size: torch.Size, dtype: torch.dtype) -> Tensor:
-    like = next(g for g in gradients if g is not None)
-    rows = [
-        like.new_zeros(size, dtype=dtype) if g is None else g.reshape(size).to(dtype)
-        for g in gradients
-    ]
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
-
-
-def _norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
-    """``[b]``, joint norms of weights and biases of neighbouring layers."""
-    if len(gradients) == 1 and not gradients[0].alone:
-        return linalg.joint_norm(gradients[0].W, gradients[0].b)
-    norms = torch.stack(torch._foreach_norm([some.W for some in gradients], 2, dtype))
-    if all(some.b is None for some in gradients):
-        return norms
-    biases = [norms.new_zeros(()) if some.b is None else some.b for some in gradients]
-    return torch.hypot(norms, torch.stack(torch._foreach_norm(biases, 2, dtype)))
+def _complete(batch: Batch, gradients: Sequence[Gradients]) -> bool:
+    """Whether every layer of a batch has a gradient."""
+    covered: int = sum(some.where.stop - some.where.start for some in gradients)
+    return covered == len(batch.layers)
 
 
 def _share_norms(batch: Batch) -> Exchange:
     square = yield batch.last[0].double().square()
     batch.last[0] = square.sqrt()
-
-
-def _runs(places: list[int]) -> list[list[int]]:
-    """Neighbouring places together: a slice is a view, a list of places a copy."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][-1] + 1 == place:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return runs
-
-
-def _write(gradients: Gradients, ratio: Tensor) -> None:
-    """Multiply what was preconditioned by ``ratio [b]`` and put it where it came from."""
-    for new, targets in zip((gradients.W, gradients.b), gradients.targets, strict=True):
-        if new is None:
-            continue
-        pairs = zip(targets, new.unbind(), strict=True)
-        found = [(target, row.view(target.shape)) for target, row in pairs if target is not None]
-        if len(new) == 1 and new.dtype == found[0][0].dtype:
-            torch.mul(found[0][1], ratio, out=found[0][0])
-            continue
-        new.mul_(ratio.view(-1, *(1,) * (new.dim() - 1)))
-        torch._foreach_copy_([target for target, _ in found], [row for _, row in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -150,8 +151,10 @@ class Batch:
         Returns:
             Whether any layer's are not, a 0-dim tensor.
         """
-        self.seen = self.meta[:, META:].sum(1) > 0
-        self.finite = (self.meta[:, :2].sum(1) + self.last[0]).isfinite()
+        squares_a, squares_g, rows = self.meta[:, :META].unbind(1)
+        self.seen = rows > 0
+        # None is negative, and NaN is not below infinity.
+        self.finite = squares_a + squares_g + self.last[0] < math.inf
         return ~self.finite.all()
 
     def update(self, refuse: Tensor, scale: float | Tensor, number: int) -> None:
@@ -166,33 +169,36 @@ class Batch:
             return
         self.fed = self.seen
         accept = self.seen & ~refuse
-        self.curvature.update(self.state, self._statistics(accept, refuse, scale, number))
-        self.refused[0] += self.seen & refuse
+        statistics = self._statistics(accept, refuse, scale, number)
+        self.curvature.update(self.state, statistics)
+        if not statistics.whole:
+            self.refused[0] += self.seen & refuse
 
     def _statistics(
         self, accept: Tensor, refuse: Tensor, scale: float | Tensor, number: int
     ) -> Statistics:
         counts = self.meta[:, META:]
-        rows = counts.clamp(min=1).unsqueeze(-1)
-        used = counts.sum(1).clamp(min=1)
-        g_scale = self.meta[:, 2] * scale
+        squares_a, squares_g, total = self.meta[:, :META].unbind(1)
+        rows, used = counts.clamp(min=1), counts.sum(1).clamp_(min=1)
+        g_scale = total * scale
         k = counts.shape[1]
         vectors, mean_square, covariance = {}, {}, {}
         if "left" in self.shape.sides:
-            vectors["left"] = self.g[:, :k] * g_scale.view(-1, 1, 1) / rows
-            mean_square["left"] = self.meta[:, 1] * g_scale.square() / (used * self.shape.d_out)
+            vectors["left"] = self.g[:, :k] * (g_scale.unsqueeze(1) / rows).unsqueeze(-1)
+            mean_square["left"] = squares_g * g_scale.square() / (used * self.shape.d_out)
             if self.curvature.covariance:
                 covariance["left"] = self.g[:, k:] * (g_scale.square() / used).view(-1, 1, 1)
         if "right" in self.shape.sides:
-            vectors["right"] = self.a[:, :k] / rows
-            width = self.shape.full_width("right")
+            vectors["right"] = self.a[:, :k] / rows.unsqueeze(-1)
             ones = used if self.shape.bias else 0.0
-            mean_square["right"] = (self.meta[:, 0] + ones) / (used * width)
+            mean_square["right"] = (squares_a + ones) / (used * self.shape.full_width("right"))
             if self.curvature.covariance:
                 second = self.a[:, k:] / used.view(-1, 1, 1)
                 bias = self.shape.bias
                 covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
-        return Statistics(vectors, mean_square, counts > 0, accept, number, refuse, covariance)
+        filled = counts > 0
+        whole = linalg.all_hold(accept, filled)
+        return Statistics(vectors, mean_square, filled, accept, number, refuse, covariance, whole)
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.

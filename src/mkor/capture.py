@@ -277,7 +277,9 @@ class ForwardHook(InertHook):
         if not (x.numel() <= SMALL and _is_saved(x)):
             with span("mkor.capture"):
                 a = gate.inputs(site.kind, x.detach(), pick)
-        output.register_hook(GradientHook(gate, site, pick, a))
+        # Cheaper than a hook on the tensor itself, which is kept in a dict of its own.
+        node: Any = output.grad_fn
+        node.register_prehook(GradientHook(gate, site, pick, a, output.output_nr))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
@@ -291,19 +293,22 @@ class ForwardHook(InertHook):
 class GradientHook:
     """Adds both sides of one call when the gradient of its output arrives."""
 
-    __slots__ = ("a", "gate", "pick", "site")
+    __slots__ = ("a", "gate", "output", "pick", "site")
 
-    def __init__(self, gate: Gate, site: Site, pick: Pick, a: PartSums | Tensor | None) -> None:
-        self.gate, self.site, self.pick, self.a = gate, site, pick, a
+    def __init__(
+        self, gate: Gate, site: Site, pick: Pick, a: PartSums | Tensor | None, output: int
+    ) -> None:
+        self.gate, self.site, self.pick, self.a, self.output = gate, site, pick, a, output
 
-    def __call__(self, grad: Tensor) -> None:
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Add both sides.
 
         Args:
-            grad: Of the call's output.
+            grads: Of all outputs of the operation that made the call's output.
         """
         gate, site = self.gate, self.site
-        if not gate.open:
+        grad = grads[self.output]
+        if not gate.open or grad is None:
             return
         with span("mkor.capture"):
             self._capture(grad.detach())
@@ -361,7 +366,9 @@ def _is_small(a: Tensor | None, g: Tensor) -> bool:
 
 
 def _trains(module: nn.Module) -> bool:
-    weight = module.weight
+    # Modules look their parameters up slowly; those that compute a weight have none of that name.
+    weight: object = module._parameters.get("weight")
+    weight = module.weight if weight is None else weight
     return isinstance(weight, Tensor) and weight.requires_grad
 
 

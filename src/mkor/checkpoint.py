@@ -88,6 +88,7 @@ class Entries:
         self.by_parameter: dict[Tensor, dict[str, Tensor]] = {}
         self._layers: dict[str, Tensor] = {}
         self._known: set[int] = set()
+        self._order: list[int] = []
         self.widen(parameters, shared)
         for batch in batches:
             for i, layer in enumerate(batch.layers):
@@ -107,7 +108,8 @@ class Entries:
         Returns:
             Whether no parameter was added, removed or replaced.
         """
-        return set(map(id, parameters)) == self._known
+        found = list(map(id, parameters))
+        return found == self._order or set(found) == self._known
 
     def widen(self, parameters: Iterable[Tensor], shared: Mapping[str, Tensor]) -> None:
         """Give parameters that have no entry yet one without factors.
@@ -119,7 +121,9 @@ class Entries:
         common = {PREFIX + key: tensor for key, tensor in shared.items()}
         for parameter in parameters:
             self.by_parameter.setdefault(parameter, dict(common))
-            self._known.add(id(parameter))
+            if id(parameter) not in self._known:
+                self._known.add(id(parameter))
+                self._order.append(id(parameter))
 
     def put(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Add the entries to an optimizer's state.

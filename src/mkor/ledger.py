@@ -15,7 +15,9 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Puts the entries into the base's state and takes them out again.
+    """Puts the entries into the base's state when somebody looks, and takes them out again.
+
+    Bases initialise a parameter's state when it is empty, so theirs must be all they see.
 
     Args:
         base: The optimizer whose state they are shown in.
@@ -27,7 +29,8 @@ class Ledger:
     def __init__(self, base: Optimizer) -> None:
         self._base = base
         self.entries = Entries([], [], {})
-        self._published = self._ended = False
+        # There is something to show from the first step on.
+        self._begun = self._shown = self._ended = False
 
     def renew(self, batches: Iterable[Batch], shared: Mapping[str, Tensor]) -> None:
         """Point the entries at the batches' state, which is new or has moved.
@@ -36,17 +39,25 @@ class Ledger:
             batches: The layers with factors.
             shared: What every parameter's entry holds, by name.
         """
-        self.entries.take(self._base.state)
+        self.hide()
         self.entries = Entries(batches, all_parameters(self._base.param_groups), shared)
         self._ended = False
-        if self._published:
-            self.publish()
 
-    def publish(self) -> None:
-        """Show the entries from now on."""
-        if not self._ended:
-            self._published = True
+    def begin(self) -> None:
+        """Show the entries from now on to those who look."""
+        self._begun = True
+
+    def show(self) -> None:
+        """Somebody looks at the state."""
+        if self._begun and not self._ended and not self._shown:
+            self._shown = True
             self.entries.put(self._base.state)
+
+    def hide(self) -> None:
+        """The base goes to work."""
+        if self._shown:
+            self._shown = False
+            self.entries.take(self._base.state)
 
     def end(
         self, batches: Iterable[Batch] = (), shared: Mapping[str, Tensor] | None = None
@@ -57,27 +68,13 @@ class Ledger:
             batches: The layers with released factors; none once closed.
             shared: What every parameter's entry holds, by name; None once closed.
         """
-        self.entries.take(self._base.state)
+        self.hide()
         parameters = () if shared is None else all_parameters(self._base.param_groups)
         self.entries = Entries(batches, parameters, shared or {})
         self._ended = True
 
     @contextmanager
-    def withdrawn(self) -> Iterator[None]:
-        """Bases initialise a parameter's state when it is empty, so theirs must be all they see.
-
-        Yields:
-            Nothing.
-        """
-        self.entries.take(self._base.state)
-        try:
-            yield
-        finally:
-            if self._published:
-                self.publish()
-
-    @contextmanager
-    def shown(self, shared: Mapping[str, Tensor]) -> Iterator[None]:
+    def saved(self, shared: Mapping[str, Tensor]) -> Iterator[None]:
         """The entries are in the base's state, even after the switch: a checkpoint keeps them.
 
         Args:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mkor.rows import Chunks, part_sizes, place_chunks, sum_parts, take_parts
+from mkor.rows import Chunks, part_sizes, place_chunks, take_parts
 from mkor.sums import PartSums, Pick, accumulator, choose
 
 __all__ = ["LinearKind"]
@@ -65,11 +65,11 @@ class LinearKind:
         """Sums of several layers' inputs, or of their output gradients.
 
         Args:
-            x: ``[*, B, d]``.
+            x: ``[B, *, d]``.
             pick: Which rows are used.
 
         Returns:
-            Vectors ``[k, B, d]`` and squares ``[B]``.
+            Vectors ``[B, k, d]`` and squares ``[B]``.
         """
         return _stacked_sums(x, pick)
 
@@ -97,14 +97,13 @@ class LinearKind:
 
 
 def _row_sums(x: Tensor, pick: Pick) -> PartSums:
-    sums = _stacked_sums(x.unsqueeze(-2), pick)
-    return PartSums(sums.vectors.squeeze(1), sums.square.squeeze(0), sums.counts, sums.total)
+    sums = _stacked_sums(x.unsqueeze(0), pick)
+    return PartSums(sums.vectors.squeeze(0), sums.square.squeeze(0), sums.counts, sums.total)
 
 
 def _stacked_sums(x: Tensor, pick: Pick) -> PartSums:
-    x = x.unsqueeze(0) if x.dim() == 2 else x
+    x = (x.unsqueeze(1) if x.dim() == 2 else x).movedim(0, -2)
     total = math.prod(x.shape[:-2])
-    chunks = None
     if pick.rows is None:
         # The cut is along the first dimension: a sequence is never divided.
         per_sample = math.prod(x.shape[1:-2])
@@ -114,10 +113,25 @@ def _stacked_sums(x: Tensor, pick: Pick) -> PartSums:
         chunks = place_chunks(total, pick.vectors, pick.rows)
         counts = [chunks.size] * pick.vectors if chunks else part_sizes(total, pick.vectors)
         runs = _row_runs(x, pick, chunks)
-    vectors = sum_parts(runs, lambda run: run.sum(1, dtype=accumulator(x)), pick.vectors)
-    norms = [torch.linalg.vector_norm(run, dim=(1, 3), dtype=accumulator(x)) for run in runs]
-    square = (norms[0] if len(norms) == 1 else torch.cat(norms)).square().sum(0)
-    return PartSums(vectors, square, counts, total)
+    # Reducing is fast where rows lie together: layer by layer, and part by part.
+    by_layer = [run.movedim(2, 0) for run in runs]
+    sums = [run.sum(2, dtype=accumulator(x)) for run in by_layer]
+    norms = [_norm(run, accumulator(x)) for run in by_layer]
+    square = (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).square().sum(1)
+    return PartSums(_in_slots(sums, pick.vectors), square, counts, total)
+
+
+def _norm(run: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, parts, m, d]`` to ``[B, parts]``."""
+    norm: Tensor = torch.linalg.vector_norm(run, dim=(2, 3), dtype=dtype)
+    return norm
+
+
+def _in_slots(sums: list[Tensor], count: int) -> Tensor:
+    """Parts' sums one after the other, ``[B, count, d]``; slots without a part hold 0."""
+    filled = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+    B, n, d = filled.shape
+    return filled if n == count else torch.cat([filled, filled.new_zeros(B, count - n, d)], dim=1)
 
 
 def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:

@@ -119,8 +119,6 @@ class Preconditioned(Optimizer, Joinable):
         Joinable.__init__(self)
         self.base = optimizer
         self.defaults = dict(optimizer.defaults)
-        self._constructed = True
-
         self.curvature = curvature
         self.update_every = update_every
         self.nonfinite = nonfinite
@@ -141,6 +139,7 @@ class Preconditioned(Optimizer, Joinable):
             process_group,
         )
         self._preconditioner = Preconditioner(model, optimizer, curvature, options, self.close)
+        self._constructed = True
 
     # ---------------------------------------------------------------- an optimizer like any other
 
@@ -157,6 +156,8 @@ class Preconditioned(Optimizer, Joinable):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The base's state, with the factors of preconditioned weights after the first step."""
+        if self._constructed:
+            self._preconditioner.ledger.show()
         return self.base.state
 
     @state.setter
@@ -205,7 +206,8 @@ class Preconditioned(Optimizer, Joinable):
             engine.switch.report(loss)
         with engine.full_precision():
             engine.precondition()
-        with engine.ledger.withdrawn(), span("mkor.base_step"):
+        engine.ledger.hide()
+        with span("mkor.base_step"):
             if self._may_step():
                 self.base.step()
         engine.finish_step()
@@ -246,7 +248,7 @@ class Preconditioned(Optimizer, Joinable):
         Returns:
             ``state`` and ``param_groups`` only; loads with ``torch.load(weights_only=True)``.
         """
-        with self._preconditioner.ledger.shown(self._preconditioner.shared):
+        with self._preconditioner.ledger.saved(self._preconditioner.shared):
             packed = super().state_dict()
             packed["state"] = checkpoint.materialized(packed["state"])
         return packed
@@ -269,10 +271,10 @@ class Preconditioned(Optimizer, Joinable):
         base_part, own = checkpoint.split(state_dict, self.param_groups)
         if not self._closed:
             self._preconditioner.load(own)
-        with self._preconditioner.ledger.withdrawn():
-            self.base.load_state_dict(base_part)
+        self._preconditioner.ledger.hide()
+        self.base.load_state_dict(base_part)
         if own:
-            self._preconditioner.ledger.publish()
+            self._preconditioner.ledger.begin()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
-from mkor.application import Gradients, Stage, measure, precondition
+from mkor.application import Stage, measure, precondition
 from mkor.capture import Gate
 from mkor.clipping import clip_kl, gradients_finite
 from mkor.communication.agreement import check_agreement
@@ -23,6 +23,7 @@ from mkor.communication.uneven import share_last
 from mkor.coverage import Coverage, report
 from mkor.curvature.contract import Curvature, Inverting
 from mkor.diagnostics import gather
+from mkor.gradients import Gradients
 from mkor.hybrid import Switch
 from mkor.ledger import Ledger
 from mkor.options import Options, parts_of
@@ -93,7 +94,7 @@ class Preconditioner:
         self._begin()
         # Distributed checkpoints take a state that is not empty for complete.
         if base.state:
-            self.ledger.publish()
+            self.ledger.begin()
 
     # ------------------------------------------------------------------------------------ phases
 
@@ -136,7 +137,7 @@ class Preconditioner:
         self._passes = self.gate.passes.most or self._passes
         watch.forget()
         self._begin()
-        self.ledger.publish()
+        self.ledger.begin()
 
     def finish_step(self) -> None:
         """Decide, after the base's step, whether it was the last one that was preconditioned."""
@@ -239,7 +240,7 @@ class Preconditioner:
         bad = [batch.check() for batch in batches]
         if not (due and bad):
             return gradients
-        refuse = torch.stack([flag.to(bad[0].device) for flag in bad]).any()
+        refuse = bad[0] if len(bad) == 1 else _any(bad)
         scale = 1.0 / (self.loss_scale * self.communicator.world_size)
         for batch in batches:
             batch.update(refuse.to(batch.shape.device), scale, self.updates)
@@ -258,8 +259,6 @@ class Preconditioner:
         # A vote on the output layers must not come before it on one process, after it on another.
         early = self._early and self._agreed and self.gate.search is None
         self.gate.passes.on_end = self._watch.reduction.launch if early else None
-        numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
-        self._counters.copy_(torch.tensor(numbers, device="cpu"))
 
     # ------------------------------------------------------------------------------------- views
 
@@ -350,6 +349,8 @@ class Preconditioner:
     def shared(self) -> dict[str, Tensor]:
         """What every parameter's entry holds, by name."""
         hybrid = {} if self.switch is None else self.switch.entries
+        numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
+        self._counters.copy_(torch.tensor(numbers, device="cpu"))
         return {"counters": self._counters, **hybrid}
 
     def _release(self) -> None:
@@ -398,3 +399,8 @@ class Preconditioner:
 
     def _renew_entries(self) -> None:
         self.ledger.renew(self._watch.batches, self.shared)
+
+
+def _any(flags: list[Tensor]) -> Tensor:
+    """Whether any of some 0-dim flags holds, on the first one's device."""
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()

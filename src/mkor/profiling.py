@@ -10,6 +10,9 @@ from torch.autograd import profiler
 __all__ = ["span"]
 
 
+_NOTHING = nullcontext()
+
+
 def span(name: str) -> AbstractContextManager[object]:
     """A range of the trace, for instance ``mkor.update``.
 
@@ -21,4 +24,4 @@ def span(name: str) -> AbstractContextManager[object]:
     """
     if profiler._is_profiler_enabled and not torch.compiler.is_compiling():
         return torch.profiler.record_function(name)
-    return nullcontext()
+    return _NOTHING

@@ -6,9 +6,8 @@ An operation costs the same few microseconds whether it adds one layer's vectors
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,19 +22,18 @@ META = 3
 """Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What one call of a layer left.
 
     Attributes:
-        index: The layer's place in its batch.
+        layer: The layer's place in its batch.
         sides: Sums of inputs and of output gradients, None for a side that is not captured; of
             small calls the tensors themselves, not yet summed.
         pick: Which of their rows are used.
         kind: How these read as rows.
     """
 
-    index: int
+    layer: int
     sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None]
     pick: Pick
     kind: LayerKind
@@ -66,17 +64,16 @@ class Tray:
         """Forget the calls of a pass that did not end."""
         self._calls.clear()
 
-    @torch.no_grad()
     def empty(self) -> None:
         """Add what was kept."""
         calls, self._calls = self._calls, []
-        calls.sort(key=lambda call: call.index)
+        calls.sort(key=lambda call: call.layer)
         for run in _runs(calls):
             self._add(run)
 
     def _add(self, run: Sequence[Call]) -> None:
         """Add calls of neighbouring layers that are alike."""
-        here = slice(run[0].index, run[-1].index + 1)
+        here = slice(run[0].layer, run[-1].layer + 1)
         rows = None
         for place, into in enumerate(self._into):
             found = [call.sides[place] for call in run]
@@ -98,8 +95,7 @@ def _joined(found: Sequence[Any], call: Call) -> PartSums:
         square = torch.stack([sums.square for sums in found])
         return PartSums(vectors, square, first.counts, first.total)
     kind = cast(LinearKind, call.kind)
-    sums = kind.stacked_sums(torch.stack(list(found), dim=-2), call.pick)
-    return PartSums(sums.vectors.transpose(0, 1), sums.square, sums.counts, sums.total)
+    return kind.stacked_sums(torch.stack(list(found)), call.pick)
 
 
 def _runs(calls: Sequence[Call]) -> list[list[Call]]:
@@ -108,7 +104,7 @@ def _runs(calls: Sequence[Call]) -> list[list[Call]]:
     last: Any = None
     for call in calls:
         like = (call.pick, *map(_looks, call.sides))
-        if runs and runs[-1][-1].index + 1 == call.index and like == last:
+        if runs and runs[-1][-1].layer + 1 == call.layer and like == last:
             runs[-1].append(call)
         else:
             runs.append([call])

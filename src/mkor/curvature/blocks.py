@@ -48,7 +48,7 @@ def project_window(prepared: Prepared, W: Tensor, b: Tensor | None, block: Block
                 Y[:, block.bias] += b.unsqueeze(2) * prepared["bias"].unsqueeze(1)
             parts.append(Y)
         if "left" in prepared and b is not None:
-            parts.append(prepared["left"][..., block.bias] @ b.unsqueeze(2))
+            parts.append(linalg.times(prepared["left"][..., block.bias], b))
     return torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)
 
 

@@ -73,6 +73,8 @@ class Statistics:
         refused: 0-dim bool: nothing of this step is to be learned from, in any layer.
         covariance: Per side ``[B, d, d]``: mean over all rows of ``g g^T`` and ``a a^T``, on the
             right with the ones of a bias as last row and column; empty unless it was asked for.
+        whole: Whether all slots are filled and all layers accept, as far as that is known without
+            waiting for the device.
     """
 
     vectors: dict[str, Tensor]
@@ -82,6 +84,7 @@ class Statistics:
     update: int
     refused: Tensor | None = None
     covariance: dict[str, Tensor] = field(default_factory=dict)
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -100,26 +100,37 @@ class Window:
             state: Changed in place; layers that do not accept stay as they are.
             statistics: Of this update.
         """
+        weights, written = state["weights"], state["written"]
         accept, filled = statistics.accept, statistics.filled
-        made = filled.sum(1)
-        slot = torch.arange(filled.shape[1], device=accept.device)
-        # Filled slots take the next places in order; the others write back what is after them.
-        upto = filled.cumsum(1)
-        order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
-        places = (state["written"].unsqueeze(1) + order) % self.rank
-        new = filled & accept.unsqueeze(1)
-
-        weights = state["weights"]
-        aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
-        fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
-        weights.copy_(aged.scatter_(1, places, torch.where(new, fresh, aged.gather(1, places))))
+        k = filled.shape[1]
+        slot = torch.arange(k, device=accept.device)
+        if statistics.whole:
+            new = None
+            places = (written.unsqueeze(1) + slot) % self.rank
+            weights.mul_(self.momentum).scatter_(1, places, (1.0 - self.momentum) / k)
+            state["updates"] += 1
+            written += k
+        else:
+            made = filled.sum(1)
+            # Filled slots take the next places in order; the others write back what is after them.
+            upto = filled.cumsum(1)
+            order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
+            places = (written.unsqueeze(1) + order) % self.rank
+            new = filled & accept.unsqueeze(1)
+            aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
+            fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
+            fresh = torch.where(new, fresh, aged.gather(1, places))
+            weights.copy_(aged.scatter_(1, places, fresh))
+            state["updates"] += accept
+            written += torch.where(accept, made, 0)
+        # By number, whole rows are copied much faster than single entries.
+        first = self.rank * torch.arange(len(places), device=places.device)
+        numbers = (places + first.unsqueeze(1)).flatten()
         for side, vectors in statistics.vectors.items():
-            self._write(state, side, vectors, places, new, accept)
+            self._write(state, side, vectors, places, numbers, new)
             average = state[f"{side}_mean_square"]
             moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)
-            average.copy_(torch.where(accept, moved, average))
-        state["updates"] += accept
-        state["written"] += torch.where(accept, made, 0)
+            average.copy_(moved if new is None else torch.where(accept, moved, average))
 
     def _write(
         self,
@@ -127,31 +138,43 @@ class Window:
         side: str,
         arrived: Tensor,
         places: Tensor,
-        new: Tensor,
-        accept: Tensor,
+        numbers: Tensor,
+        new: Tensor | None,
     ) -> None:
-        """Put ``arrived [B, k, d]`` into a side's ring, and its products into the Gram matrix."""
+        """Put vectors into a side's ring, and their products into the Gram matrix.
+
+        Args:
+            state: The windows.
+            side: ``"left"`` or ``"right"``.
+            arrived: ``[B, k, d]``.
+            places: ``[B, k]``, where they go.
+            numbers: ``[B k]``, the same, counted through all rings.
+            new: ``[B, k]``, at which places something is written; None for all.
+        """
         ring, gram = state[f"{side}_rows"], state[f"{side}_gram"]
         scale = state.get(f"{side}_scale")
         if scale is not None:
             largest = arrived.abs().amax(-1)
             largest = torch.where(largest > 0, largest, 1.0)
-            scale.scatter_(1, places, torch.where(new, largest, scale.gather(1, places)))
+            written = largest if new is None else largest.where(new, scale.gather(1, places))
+            scale.scatter_(1, places, written)
             arrived = arrived / largest.unsqueeze(-1)
-        # By number, whole rows are copied much faster than single entries.
-        B, r, d = ring.shape
-        numbers = (places + r * torch.arange(B, device=places.device).unsqueeze(1)).flatten()
-        old = ring.view(B * r, d).index_select(0, numbers).view(B, -1, d)
-        written = torch.where(new.unsqueeze(-1), arrived.to(ring.dtype), old)
-        ring.view(B * r, d).index_copy_(0, numbers, written.flatten(0, 1))
-        products = written.to(gram.dtype) @ ring.to(gram.dtype).mT
+        arrived = arrived.to(ring.dtype)
+        r = self.rank
+        all_rows, all_products = ring.view(-1, ring.shape[2]), gram.view(-1, r)
+        if new is not None:
+            old = all_rows.index_select(0, numbers).view_as(arrived)
+            arrived = torch.where(new.unsqueeze(-1), arrived, old)
+        all_rows.index_copy_(0, numbers, arrived.flatten(0, 1))
+        products = arrived.to(gram.dtype) @ ring.to(gram.dtype).mT
         if scale is not None:
             products = products * scale.unsqueeze(1) * scale.gather(1, places).unsqueeze(2)
-        old = gram.view(B * r, r).index_select(0, numbers).view(B, -1, r)
-        products = torch.where(accept[:, None, None], products, old)
-        gram.view(B * r, r).index_copy_(0, numbers, products.flatten(0, 1))
-        columns = places.unsqueeze(1).expand(-1, r, -1)
-        gram.scatter_(2, columns, products.mT)
+        if new is not None:
+            # Unchanged rows keep unchanged products, to the last bit.
+            old = all_products.index_select(0, numbers).view_as(products)
+            products = torch.where(new.any(1)[:, None, None], products, old)
+        all_products.index_copy_(0, numbers, products.flatten(0, 1))
+        gram.scatter_(2, places.unsqueeze(1).expand(-1, r, -1), products.mT)
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Whitened vectors ``U = C V`` of each side.
@@ -164,21 +187,23 @@ class Window:
             ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and
             ``usable [B]``: whether they are finite; where not, they are 0.
         """
-        sides, bias = shape.sides, shape.bias
+        sides, B = shape.sides, len(state["updates"])
         # Both sides' r x r problems are solved as one batch.
-        gram = torch.cat(
-            [state[f"{side}_gram"] + float(bias and side == "right") for side in sides]
-        )
-        weights = linalg.age_weights(state["weights"], state["updates"], self.momentum)
-        damping = torch.cat([self._damping(state, side) for side in sides])
-        C = linalg.whitening(gram, weights.repeat(len(sides), 1), damping)
-        parts = dict(zip(sides, C.chunk(len(sides)), strict=True))
-        U = {side: self._whitened(state, side, parts[side]) for side in sides}
+        gram = torch.cat([state[f"{side}_gram"] for side in sides])
+        if shape.bias and "right" in sides:
+            gram[-B:] += 1.0
+        # Weights and mean squares are averages over the same updates: their corrections cancel.
+        damping = self.damping * torch.cat([state[f"{side}_mean_square"] for side in sides])
+        K, s = linalg.whitening_root(gram, state["weights"].repeat(len(sides), 1), damping)
+        roots = dict(zip(sides, zip(K.split(B), s.split(B), strict=True), strict=True))
+        U = {side: self._whitened(state, side, *roots[side]) for side in sides}
         usable = torch.stack([U[side].sum((1, 2)) for side in sides]).sum(0).isfinite()
         # A damaged window must not reach the gradient; 0 times NaN would.
-        prepared = {side: torch.where(usable[:, None, None], U[side], 0.0) for side in sides}
-        if bias and "right" in sides:
-            prepared["bias"] = torch.where(usable[:, None], parts["right"].sum(-1), 0.0)
+        prepared = {side: linalg.where(usable, U[side], 0.0) for side in sides}
+        if shape.bias and "right" in sides:
+            ones = torch.ones_like(s[:B].unsqueeze(-1))
+            u = linalg.whitened(*roots["right"], ones).squeeze(-1)
+            prepared["bias"] = linalg.where(usable, u, 0.0)
         return {**prepared, "usable": usable}
 
     def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
@@ -288,17 +313,12 @@ class Window:
         """
         return 4 * self.rank * shape.d_out * (shape.d_in + shape.bias) * len(shape.sides)
 
-    def _whitened(self, state: dict[str, Tensor], side: str, C: Tensor) -> Tensor:
+    def _whitened(self, state: dict[str, Tensor], side: str, K: Tensor, s: Tensor) -> Tensor:
         scale = state.get(f"{side}_scale")
-        C = C if scale is None else C * scale.unsqueeze(1)
-        return C @ state[f"{side}_rows"].to(C.dtype)
+        s = s if scale is None else s * scale
+        return linalg.whitened(K, s, state[f"{side}_rows"].to(s.dtype))
 
     def _damping(self, state: dict[str, Tensor], side: str) -> Tensor:
         average = state[f"{side}_mean_square"]
         steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
         return self.damping * average / steps
-
-
-def _over(places: Tensor, rows: Tensor) -> Tensor:
-    """Places ``[B, k]`` as indices of whole rows ``[B, k, d]``."""
-    return places.unsqueeze(-1).expand(-1, -1, rows.shape[-1])

@@ -1,0 +1,206 @@
+"""Gradients of a batch's layers: found, measured, and written back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mkor import linalg
+from mkor.batches import Batch
+
+__all__ = ["Gradients", "find", "neighbours", "norms", "span_of", "write"]
+
+STACK_BELOW = 1 << 16
+"""Weights with fewer entries share one batched product; larger ones would only be copied for it."""
+
+Pair = tuple[Tensor, "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of neighbouring layers of a batch, which are handled together.
+
+    Attributes:
+        where: Which of its layers they are.
+        W: ``[b, d_out, d_in]``, or blocks of it: a view of one layer's, or copies of small ones.
+        b: ``[b, d_out]`` likewise; None where there is none.
+        targets: The layers' own gradients: of one layer, or of those that were copied.
+        alone: Whether ``W`` is large and must be copied to be multiplied, one at a time.
+        flat: ``[b, n]``, the memory of copies ``W`` and ``b``.
+        copies: Views of it, one for each target.
+    """
+
+    where: slice
+    W: Tensor
+    b: Tensor | None
+    targets: list[Tensor]
+    alone: bool = False
+    flat: Tensor | None = None
+    copies: list[Tensor] = field(default_factory=list)
+
+    def to(self, dtype: torch.dtype) -> Gradients:
+        """The same in the arithmetic's dtype."""
+        if not self.alone:
+            return self
+        return replace(self, W=self.W.to(dtype), b=None if self.b is None else self.b.to(dtype))
+
+
+def find(batch: Batch) -> Iterator[Gradients]:
+    """The gradients of a batch's layers that are preconditioned and have one.
+
+    Args:
+        batch: The layers.
+
+    Yields:
+        Neighbours that share one product, in order.
+    """
+    found = [
+        (None, None) if skipped else layer.gradients
+        for layer, skipped in zip(batch.layers, batch.skipped, strict=True)
+    ]
+    pairs = [None if weight is None else (weight, bias) for weight, bias in found]
+    size, width = _sizes(batch)
+    # Of the whole: blocks differ in size, but must be exchanged in the same order.
+    small = batch.shape.d_out * batch.shape.d_in < STACK_BELOW
+    for start, run in _runs(pairs, joined=small):
+        where = slice(start, start + len(run))
+        if len(run) > 1:
+            yield _copied(where, run, size, width, batch.last.dtype)
+        else:
+            (weight, bias) = run[0]
+            W = weight.reshape(size).unsqueeze(0)
+            b = None if bias is None else bias.reshape(width).unsqueeze(0)
+            targets = [weight] if bias is None else [weight, bias]
+            # Wide copies are not kept: memory would double.
+            alone = weight.dtype != batch.last.dtype
+            some = Gradients(where, W, b, targets, alone)
+            yield replace(some.to(batch.last.dtype), alone=False) if small else some
+
+
+def _copied(
+    where: slice, run: Sequence[Pair], size: torch.Size, width: torch.Size, dtype: torch.dtype
+) -> Gradients:
+    """Small gradients side by side, each weight followed by its bias."""
+    weights, biases = [weight for weight, _ in run], [bias for _, bias in run if bias is not None]
+    n, m = size.numel(), width.numel() if biases else 0
+    flat = weights[0].new_empty(len(run), n + m, dtype=dtype)
+    W = flat[:, :n].view(-1, *size)
+    copies = [_like(row, w) for row, w in zip(W.unbind(), weights, strict=True)]
+    b = flat[:, n:] if biases else None
+    if b is not None:
+        if len(biases) < len(run):
+            b.zero_()
+        rows = zip(b.unbind(), run, strict=True)
+        copies += [_like(row, bias) for row, (_, bias) in rows if bias is not None]
+    targets = [*weights, *biases]
+    torch._foreach_copy_(copies, targets)
+    return Gradients(where, W, b, targets, flat=flat, copies=copies)
+
+
+def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
+    """Joint norms of the weights and biases of neighbouring layers.
+
+    Args:
+        gradients: Of the layers.
+        dtype: Of the arithmetic.
+
+    Returns:
+        ``[b]``.
+    """
+    first = gradients[0]
+    if len(gradients) == 1 and first.flat is not None:
+        return linalg.joint_norm(first.flat, None)
+    if len(gradients) == 1 and not first.alone:
+        return linalg.joint_norm(first.W, first.b)
+    found = torch.stack(torch._foreach_norm([some.W for some in gradients], 2, dtype))
+    if all(some.b is None for some in gradients):
+        return found
+    biases = [found.new_zeros(()) if some.b is None else some.b for some in gradients]
+    return torch.hypot(found, torch.stack(torch._foreach_norm(biases, 2, dtype)))
+
+
+def write(gradients: Gradients, ratio: Tensor) -> None:
+    """Multiply what was preconditioned and put it where it came from.
+
+    Args:
+        gradients: Of neighbouring layers.
+        ratio: ``[b]``.
+    """
+    if gradients.flat is not None:
+        gradients.flat.mul_(ratio.unsqueeze(1))
+        torch._foreach_copy_(gradients.targets, gradients.copies)
+        return
+    for new, target in zip((gradients.W, gradients.b), gradients.targets, strict=False):
+        if new is None:
+            continue
+        row = _like(new[0], target)
+        if row.dtype == target.dtype:
+            torch.mul(row, ratio, out=target)
+        else:
+            target.copy_(row * ratio)
+
+
+def neighbours(parts: Iterable[Any]) -> Iterator[list[Any]]:
+    """Join parts of a batch whose layers follow each other.
+
+    Args:
+        parts: In order, each with ``where`` and ``alone``.
+
+    Yields:
+        Runs; those that need copies one by one.
+    """
+    run: list[Any] = []
+    for part in parts:
+        if run and (run[-1].where.stop != part.where.start or part.alone):
+            yield run
+            run = []
+        run.append(part)
+        if part.alone:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def span_of(parts: Sequence[Any]) -> slice:
+    """The layers of neighbouring parts.
+
+    Args:
+        parts: In order, each with ``where``.
+
+    Returns:
+        From the first to the last.
+    """
+    return slice(parts[0].where.start, parts[-1].where.stop)
+
+
+def _sizes(batch: Batch) -> tuple[torch.Size, torch.Size]:
+    """Of the gradients that are here: the whole matrix and bias, or blocks."""
+    d_out, d_in = batch.shape.d_out, batch.shape.d_in
+    if batch.shard is None:
+        return torch.Size((d_out, d_in)), torch.Size((d_out,))
+    block = batch.shard.block
+    rows, columns, bias = (s.stop - s.start for s in (block.rows, block.columns, block.bias))
+    return torch.Size((rows, columns)), torch.Size((bias,))
+
+
+def _runs(
+    pairs: Sequence[tuple[Tensor, Tensor | None] | None], joined: bool
+) -> Iterator[tuple[int, list[tuple[Tensor, Tensor | None]]]]:
+    """Neighbours that have gradients, and the first one's place: slices are views."""
+    run: list[tuple[Tensor, Tensor | None]] = []
+    for place, pair in enumerate([*pairs, None]):
+        if run and (pair is None or not joined):
+            yield place - len(run), run
+            run = []
+        if pair is not None:
+            run.append(pair)
+
+
+def _like(row: Tensor, target: Tensor) -> Tensor:
+    """A contiguous row shaped as a gradient; in a net of many layers, calls for nothing add up."""
+    return row if row.shape == target.shape else row.view(target.shape)

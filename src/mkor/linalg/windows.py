@@ -1,0 +1,157 @@
+"""The window factor: whitened vectors, and their products with a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mkor.linalg.basics import times, where
+
+__all__ = [
+    "left_products",
+    "remove_left",
+    "remove_right",
+    "right_products",
+    "subtract_left",
+    "subtract_right",
+    "whitened",
+    "whitening_root",
+]
+
+NARROW = 2
+"""Vectors no longer than so many times their number are solved for; longer ones are multiplied."""
+
+
+def whitening_root(gram: Tensor, weights: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """``K`` and ``s`` with ``S^-1 = (I - U^T U) / lambda`` for ``U = K^-1 diag(s) V`` (Woodbury).
+
+    For ``S = lambda I + sum_i w_i v_i v_i^T`` and ``s_i = sqrt(w_i / lambda)``, ``K`` is the
+    Cholesky factor of ``I + diag(s) V V^T diag(s)``. A layer whose damping is 0 gets ``s = 0``: its
+    side is the identity.
+
+    Args:
+        gram: ``[B, r, r]``, the inner products ``V V^T`` of the unweighted vectors.
+        weights: ``[B, r]``, ``w_i``, at least 0.
+        damping: ``[B]``, ``lambda``, at least 0.
+
+    Returns:
+        ``K [B, r, r]``, lower triangular, and ``s [B, r]``, NaN where the factorisation fails.
+    """
+    damping = damping.unsqueeze(-1)
+    s = torch.where(damping > 0, weights / damping, 0.0).sqrt_()
+    S = (gram * s.unsqueeze(-1)).mul_(s.unsqueeze(-2))
+    S.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    K, failed = torch.linalg.cholesky_ex(S)
+    return K, where(failed == 0, s, torch.nan)
+
+
+def whitened(K: Tensor, s: Tensor, V: Tensor) -> Tensor:
+    """``U = K^-1 diag(s) V``; costs ``r^2 d`` operations where ``d`` is small, else twice that.
+
+    Args:
+        K: ``[B, r, r]``, lower triangular.
+        s: ``[B, r]``.
+        V: ``[B, r, d]``.
+
+    Returns:
+        ``[B, r, d]``.
+    """
+    # X K^T = Y, since LAPACK is two to four times slower with the unknown on the right.
+    if V.shape[-1] <= NARROW * K.shape[-1]:
+        Y = V * s.unsqueeze(-1)
+        U: Tensor = torch.linalg.solve_triangular(K.mT, Y.mT, upper=True, left=False).mT
+        return U
+    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    inverse: Tensor = torch.linalg.solve_triangular(K.mT, eye, upper=True, left=False).mT
+    return (inverse * s.unsqueeze(-2)) @ V
+
+
+def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
+    """Multiply ``(I - U^T U)`` with ``[W b]`` from the left, in place.
+
+    Costs ``4 r d_out d_in`` operations.
+
+    Args:
+        U: ``[B, r, d_out]``.
+        W: ``[B, d_out, d_in]``.
+        b: ``[B, d_out]``, or None for a layer without bias.
+        ok: ``[B]`` bool; other layers stay as they are.
+    """
+    W.baddbmm_(U.mT, where(ok, U @ W, 0.0), alpha=-1)
+    if b is not None:
+        b.unsqueeze(1).baddbmm_(where(ok, times(U, b), 0.0).unsqueeze(1), U, alpha=-1)
+
+
+def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
+    """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right, in place.
+
+    Costs ``4 r d_out d_in`` operations. Weight and bias are two blocks of one product; no column is
+    appended to the gradient.
+
+    Args:
+        U: ``[B, r, d_in]``.
+        u: ``[B, r]``, the bias's column; unused where ``b`` is None.
+        W: ``[B, d_out, d_in]``.
+        b: ``[B, d_out]``, or None for a layer without bias.
+        ok: ``[B]`` bool; other layers stay as they are.
+    """
+    Y = W @ U.mT
+    if b is not None:
+        Y.addcmul_(b.unsqueeze(-1), u.unsqueeze(-2))
+    Y = where(ok, Y, 0.0)
+    W.baddbmm_(Y, U, alpha=-1)
+    if b is not None:
+        b.unsqueeze(1).baddbmm_(u.unsqueeze(1), Y.mT, alpha=-1)
+
+
+def left_products(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``X = U [W b]``; where rows are cut, the sum over all blocks is the whole layer's.
+
+    Args:
+        U: ``[B, r, rows]``, the columns that belong to the block's rows.
+        W: ``[B, rows, columns]``.
+        b: ``[B, rows]`` or None.
+
+    Returns:
+        ``[B, r, columns]`` and ``[B, r]``.
+    """
+    return U @ W, None if b is None else times(U, b)
+
+
+def right_products(U: Tensor, W: Tensor) -> Tensor:
+    """``Y = W U^T``; where columns are cut, the sum over all blocks is the whole weight's.
+
+    Args:
+        U: ``[B, r, columns]``, the columns that belong to the block's columns.
+        W: ``[B, rows, columns]``.
+
+    Returns:
+        ``[B, rows, r]``.
+    """
+    return W @ U.mT
+
+
+def remove_left(U: Tensor, X: Tensor, x: Tensor | None, W: Tensor, b: Tensor | None) -> None:
+    """``[W b] - U^T [X x]`` in place: with ``[X x] = U [W b]`` this is ``(I - U^T U) [W b]``.
+
+    Args:
+        U: ``[B, r, rows]``.
+        X: ``[B, r, columns]``.
+        x: ``[B, r]``, None where ``b`` is.
+        W: ``[B, rows, columns]``.
+        b: ``[B, rows]`` or None.
+    """
+    W.baddbmm_(U.mT, X, alpha=-1)
+    if b is not None and x is not None:
+        b.sub_(times(U.mT, x))
+
+
+def remove_right(U: Tensor, Y: Tensor, W: Tensor) -> None:
+    """``W - Y U`` in place: with ``Y = M [U u]^T`` this is the block of ``M (I - [U u]^T [U u])``.
+
+    Args:
+        U: ``[B, r, columns]``.
+        Y: ``[B, rows, r]``.
+        W: ``[B, rows, columns]``.
+    """
+    W.baddbmm_(Y, U, alpha=-1)
