@@ -22,7 +22,7 @@ from mkor.bench.progress import LiveProgress, PlainProgress, Progress, clock, ma
 from mkor.bench.race import Race, Settings
 from mkor.bench.report import print_conditions, print_report
 from mkor.bench.runner import run_race
-from mkor.bench.tables import bytes_text, plain_table
+from mkor.bench.tables import bytes_text, plain_table, print_table
 from mkor.bench.tasks import load_task
 
 DIVERGES = "sgd[lr=1e30]"
@@ -299,3 +299,22 @@ def test_small_things_for_reading() -> None:
         "y   100",
     ]
     assert plain({"a": (1, float("nan")), "b": Path("x")}) == {"a": [1, None], "b": "x"}
+
+
+@pytest.mark.parametrize(("columns", "plain"), [("40", True), ("200", False)])
+def test_a_table_too_wide_for_the_terminal_is_not_cut(
+    columns: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a narrow terminal the columns are whole, without drawing."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = Terminal()
+    headers = ["contestant", *(f"column {number}" for number in range(8))]
+    print_table(headers, [["mkor"] + ["1.234"] * 8], stream)
+    assert stream.getvalue().count("1.234") == 8
+    assert "\u2026" not in stream.getvalue()
+    assert ("\x1b" not in stream.getvalue()) == plain

@@ -138,7 +138,9 @@ def test_options(how):
     assert moved > 0.01  # the oracle does something here that raw gradients would not pass
 
 
-@pytest.mark.parametrize("how", [{}, {"update_every": 3}, {"vectors": 8}, {"sides": "left"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"update_every": 3}, {"vectors": 8}, {"sides": "left"}], ids=str
+)
 def test_as_on_a_gpu(how, as_on_a_gpu):
     """The longer way, which reads no tensor's values, leads to the same."""
     assert run(mlp(), data(), **(HOW | how)) > 0.01

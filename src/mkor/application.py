@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ class _Part:
         gradients: The gradients.
         prepared: The layers' rows of what the curvature prepared.
         use: ``[b]``, which have factors to use in this step.
+        ok: ``[b]``, which gradients are to be preconditioned: these are finite as well.
         raw: Copies of the gradients before they are preconditioned, if they will be compared.
     """
 
@@ -49,6 +52,7 @@ class _Part:
     gradients: Gradients
     prepared: dict[str, Tensor]
     use: Tensor
+    ok: Tensor
     raw: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -61,21 +65,16 @@ class _Part:
         """Whether they are copies that should not be kept."""
         return self.gradients.alone
 
-    @property
-    def ok(self) -> Tensor:
-        """``[b]``, which gradients are to be preconditioned."""
-        return self.use & self.batch.last[0, self.where].isfinite()
-
     def remember(self, stage: Stage) -> None:
         """Keep the raw gradients if they will be compared."""
         if stage.compare or self.batch.measured:
             W, b = self.gradients.W, self.gradients.b
             self.raw = (W.clone(), None if b is None else b.clone())
 
-    def product(self) -> Tensor:
-        """``[b]``, inner products with the raw gradients; 0 where nobody asked."""
+    def product(self) -> Tensor | None:
+        """``[b]``, inner products with the raw gradients; None where nobody asked."""
         if self.raw is None:
-            return torch.zeros_like(self.batch.last[2, self.where])
+            return None
         return linalg.inner(*self.raw, self.gradients.W, self.gradients.b)
 
 
@@ -127,10 +126,10 @@ def precondition(
         return
     for batch, found in whole:
         for run in neighbours(_parts(batch, found, stage)):
-            done = [_apply(part, stage) for part in run]
-            product = [part.product() for part in run]
+            done = torch.cat([_apply(part, stage) for part in run])
+            products = [product for part in run if (product := part.product()) is not None]
             norm = norms([part.gradients for part in run], batch.last.dtype)
-            _finish(run, stage, torch.cat(done), norm, torch.cat(product))
+            _finish(run, stage, done, norm, torch.cat(products) if products else None)
 
 
 def scale(batch: Batch, factor: Tensor) -> None:
@@ -171,7 +170,9 @@ def _sharded(part: _Part, shard: Shard, stage: Stage) -> Exchange:
     done = curvature.complete(part.prepared, W, b, projected, part.ok, shard.block)
     # Squares of large numbers leave the range of float32.
     square = linalg.joint_norm(W, b).double().square()
-    square, product = (yield torch.stack((square, part.product().double()))).unbind()
+    product = part.product()
+    product = torch.zeros_like(square) if product is None else product.double()
+    square, product = (yield torch.stack((square, product))).unbind()
     _finish([part], stage, done, square.sqrt().to(W.dtype), product.to(W.dtype))
 
 
@@ -198,13 +199,13 @@ def _inverter(part: _Part) -> int:
 
 
 def _finish(
-    parts: Sequence[_Part], stage: Stage, done: Tensor, norm: Tensor, product: Tensor
+    parts: Sequence[_Part], stage: Stage, done: Tensor, norm: Tensor, product: Tensor | None
 ) -> None:
     """Rescale neighbours, write their gradients, and keep the figures."""
     batch, here = parts[0].batch, span_of(parts)
     raw = batch.last[0, here]
     batch.last[1, here] = norm
-    if parts[0].raw is not None:
+    if product is not None:
         batch.last[2, here] = product
     batch.done[here] = done
     if not linalg.all_hold(done):
@@ -243,14 +244,29 @@ def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterat
     use = batch.state["updates"] > 0
     if stage.due:
         use = use & batch.seen & batch.finite
+    ok = use & (batch.last[0] < math.inf)
     first, beyond = gradients[0].where.start, gradients[-1].where.stop
     whole = beyond - first == len(batch.layers)
     spanned = batch.state if whole else {k: v[first:beyond] for k, v in batch.state.items()}
     prepared = batch.curvature.prepare(spanned, batch.shape)
+    # In one call each: many layers' rows taken one by one cost as much as their products.
+    lengths = _lengths(gradients)
+    rows = {key: tensor.split(lengths) for key, tensor in prepared.items()}
+    place = 0
     for some in gradients:
-        spot = slice(some.where.start - first, some.where.stop - first)
-        rows = {key: tensor[spot] for key, tensor in prepared.items()}
-        yield _Part(batch, some.to(batch.last.dtype), rows, use[some.where])
+        place += some.where.start > first
+        first = some.where.stop
+        mine = {key: pieces[place] for key, pieces in rows.items()}
+        place += 1
+        here = some.where
+        yield _Part(batch, some.to(batch.last.dtype), mine, use[here], ok[here])
+
+
+def _lengths(gradients: Sequence[Gradients]) -> list[int]:
+    """Lengths of stretches of layers, those without gradients between others too."""
+    ends = [(some.where.start, some.where.stop) for some in gradients]
+    marks = sorted({mark for end in ends for mark in end})
+    return [stop - start for start, stop in pairwise(marks)]
 
 
 def _complete(batch: Batch, gradients: Sequence[Gradients]) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mkor.patches import PatchMaps, patch_maps
 from mkor.rows import part_sizes, place_chunks, sum_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
@@ -65,10 +64,9 @@ class ConvKind:
         sizes = x.shape[2:]
         positions = math.prod([self._outputs(axis, size) for axis, size in enumerate(sizes)])
         runs, counts = self._images(x, pick, positions)
-        maps = [self._axis_map(axis, size, x) for axis, size in enumerate(sizes)]
+        maps = self._maps(x)
         images = sum_parts(runs, _image_sums, pick.vectors)
-        square = _patch_sums(_image_squares(runs), maps).sum()
-        return PartSums(_patch_sums(images, maps).flatten(1), square, counts, len(x) * positions)
+        return PartSums(maps.sums(images), maps.squares(runs), counts, len(x) * positions)
 
     def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
         """Sums of raw ``g`` over the positions of the chosen images; see :class:`LayerKind`.
@@ -142,40 +140,9 @@ class ConvKind:
         span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         return (size + sum(self.padding[axis]) - span) // self.stride[axis] + 1
 
-    def _axis_map(self, axis: int, size: int, like: Tensor) -> Tensor:
-        # The compiler folds the map into the graph and warns of caches.
-        build = _axis_map.__wrapped__ if torch.compiler.is_compiling() else _axis_map
-        shape = (self.kernel[axis], self.stride[axis], self.dilation[axis], self.padding[axis])
-        return build(size, *shape, self.padding_mode, accumulator(like), like.device)
-
-
-@lru_cache(maxsize=256)
-def _axis_map(
-    size: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int],
-    padding_mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """``[kernel, size]``: how often each position of an axis lies under each kernel tap."""
-    where = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
-    mode = "constant" if padding_mode == "zeros" else padding_mode
-    padded = F.pad(where, padding, mode, size if mode == "constant" else None)
-    taps = padded.view(-1).unfold(0, dilation * (kernel - 1) + 1, stride)[:, ::dilation]
-    counts = torch.zeros(size + 1, kernel, dtype=dtype, device=device)
-    counts.scatter_add_(0, taps.long(), torch.ones_like(taps, dtype=dtype))
-    return counts[:size].mT.contiguous()
-
-
-def _patch_sums(images: Tensor, maps: list[Tensor]) -> Tensor:
-    """``[k, channels, *spatial]`` to ``[k, channels, *kernel]``, one axis at a time."""
-    with torch.autocast(images.device.type, enabled=False):
-        for axis, axis_map in enumerate(maps[:-1], start=2):
-            images = (axis_map @ images.movedim(axis, -2)).movedim(-2, axis)
-        return F.linear(images, maps[-1])
+    def _maps(self, x: Tensor) -> PatchMaps:
+        shape = (self.kernel, self.stride, self.dilation, self.padding, self.padding_mode)
+        return patch_maps(x.shape[2:], *shape, accumulator(x), x.device)
 
 
 def _image_sums(run: Tensor) -> Tensor:
@@ -183,10 +150,3 @@ def _image_sums(run: Tensor) -> Tensor:
     return (
         run[:, 0].to(accumulator(run)) if run.shape[1] == 1 else run.sum(1, dtype=accumulator(run))
     )
-
-
-def _image_squares(runs: list[Tensor]) -> Tensor:
-    """``[1, channels, *spatial]``: squares summed over images."""
-    # A norm over the first dimensions is forty times slower.
-    sums = [run.to(accumulator(run)).square().sum((0, 1)) for run in runs]
-    return torch.stack(sums).sum(0, keepdim=True)

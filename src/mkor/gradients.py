@@ -30,8 +30,7 @@ class Gradients:
         b: ``[b, d_out]`` likewise; None where there is none.
         targets: The layers' own gradients: of one layer, or of those that were copied.
         alone: Whether ``W`` is large and must be copied to be multiplied, one at a time.
-        flat: ``[b, n]``, the memory of copies ``W`` and ``b``.
-        copies: Views of it, one for each target.
+        copies: Rows of copied ``W`` and ``b``, one for each target; none for a view.
     """
 
     where: slice
@@ -39,7 +38,6 @@ class Gradients:
     b: Tensor | None
     targets: list[Tensor]
     alone: bool = False
-    flat: Tensor | None = None
     copies: list[Tensor] = field(default_factory=list)
 
     def to(self, dtype: torch.dtype) -> Gradients:
@@ -84,13 +82,11 @@ def find(batch: Batch) -> Iterator[Gradients]:
 def _copied(
     where: slice, run: Sequence[Pair], size: torch.Size, width: torch.Size, dtype: torch.dtype
 ) -> Gradients:
-    """Small gradients side by side, each weight followed by its bias."""
+    """Small gradients side by side."""
     weights, biases = [weight for weight, _ in run], [bias for _, bias in run if bias is not None]
-    n, m = size.numel(), width.numel() if biases else 0
-    flat = weights[0].new_empty(len(run), n + m, dtype=dtype)
-    W = flat[:, :n].view(-1, *size)
+    W = weights[0].new_empty(len(run), *size, dtype=dtype)
+    b = W.new_empty(len(run), *width) if biases else None
     copies = [_like(row, w) for row, w in zip(W.unbind(), weights, strict=True)]
-    b = flat[:, n:] if biases else None
     if b is not None:
         if len(biases) < len(run):
             b.zero_()
@@ -98,7 +94,7 @@ def _copied(
         copies += [_like(row, bias) for row, (_, bias) in rows if bias is not None]
     targets = [*weights, *biases]
     torch._foreach_copy_(copies, targets)
-    return Gradients(where, W, b, targets, flat=flat, copies=copies)
+    return Gradients(where, W, b, targets, copies=copies)
 
 
 def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
@@ -112,8 +108,6 @@ def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
         ``[b]``.
     """
     first = gradients[0]
-    if len(gradients) == 1 and first.flat is not None:
-        return linalg.joint_norm(first.flat, None)
     if len(gradients) == 1 and not first.alone:
         return linalg.joint_norm(first.W, first.b)
     found = torch.stack(torch._foreach_norm([some.W for some in gradients], 2, dtype))
@@ -130,8 +124,10 @@ def write(gradients: Gradients, ratio: Tensor) -> None:
         gradients: Of neighbouring layers.
         ratio: ``[b]``.
     """
-    if gradients.flat is not None:
-        gradients.flat.mul_(ratio.unsqueeze(1))
+    if gradients.copies:
+        gradients.W.mul_(ratio.view(-1, 1, 1))
+        if gradients.b is not None:
+            gradients.b.mul_(ratio.unsqueeze(1))
         torch._foreach_copy_(gradients.targets, gradients.copies)
         return
     for new, target in zip((gradients.W, gradients.b), gradients.targets, strict=False):

@@ -8,7 +8,7 @@ all calls, micro-batches and processes have added theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +16,17 @@ from torch import Tensor
 __all__ = ["Chunks", "part_sizes", "place_chunks", "sum_parts", "take_parts"]
 
 
-@dataclass(frozen=True)
-class Chunks:
+class Chunks(NamedTuple):
     """Equal chunks of neighbouring samples: chunk ``j`` starts at ``offset + j * stride``.
 
     Attributes:
-        count: Number of chunks, ``k``.
+        parts: Number of chunks, ``k``.
         size: Samples per chunk.
         stride: Distance of the starts of neighbouring chunks, at least ``size``.
         slack: Largest offset; the chunks then end at the last sample.
     """
 
-    count: int
+    parts: int
     size: int
     stride: int
     slack: int
@@ -54,9 +53,9 @@ class Chunks:
             device: Where the samples are.
 
         Returns:
-            ``[count, size]``.
+            ``[parts, size]``.
         """
-        starts = torch.arange(self.count, device=device) * self.stride + self.offset(update)
+        starts = torch.arange(self.parts, device=device) * self.stride + self.offset(update)
         return starts.unsqueeze(1) + torch.arange(self.size, device=device)
 
 
@@ -109,7 +108,7 @@ def take_parts(x: Tensor, count: int, chunks: Chunks | None, update: int) -> lis
         step = x.stride(0)
         start = x.storage_offset() + int(chunks.offset(update)) * step
         steps = (chunks.stride * step, *x.stride())
-        return [x.as_strided((chunks.count, chunks.size, *x.shape[1:]), steps, start)]
+        return [x.as_strided((chunks.parts, chunks.size, *x.shape[1:]), steps, start)]
     small, larger = x.shape[0] // count, x.shape[0] % count
     if small and not larger:
         return [x.view(count, small, *x.shape[1:])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class Pick:
     update: int | Tensor
 
 
-@dataclass(frozen=True)
-class PartSums:
+class PartSums(NamedTuple):
     """Sums over the used rows of one call of a layer, for one side.
 
     Attributes:

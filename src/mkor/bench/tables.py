@@ -55,7 +55,9 @@ def print_table(headers: Sequence[str], rows: Rows, stream: TextIO, marked: int 
     for index, row in enumerate(rows):
         table.add_row(*map(escape, row), style="bold" if index == marked else None)
     console = Console(file=stream, highlight=False)
-    fits = console.measure(table).maximum <= console.width
+    # What it would measure by itself never exceeds the terminal.
+    unbounded = console.options.update_width(10_000)
+    fits = console.measure(table, options=unbounded).maximum <= console.width
     if stream.isatty() and fits:
         console.print(table)
     else:

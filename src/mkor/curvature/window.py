@@ -8,6 +8,7 @@ ring buffer; its Gram matrix ``V V^T`` is kept up to date: an update costs ``2 k
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -194,10 +195,11 @@ class Window:
             gram[-B:] += 1.0
         # Weights and mean squares are averages over the same updates: their corrections cancel.
         damping = self.damping * torch.cat([state[f"{side}_mean_square"] for side in sides])
-        K, s = linalg.whitening_root(gram, state["weights"].repeat(len(sides), 1), damping)
+        K, s = linalg.whitening_root(gram, torch.cat([state["weights"] for _ in sides]), damping)
         roots = dict(zip(sides, zip(K.split(B), s.split(B), strict=True), strict=True))
         U = {side: self._whitened(state, side, *roots[side]) for side in sides}
-        usable = torch.stack([U[side].sum((1, 2)) for side in sides]).sum(0).isfinite()
+        sums = torch.stack([U[side].sum((1, 2)) for side in sides])
+        usable = sums.sum(0).abs() < math.inf
         # A damaged window must not reach the gradient; 0 times NaN would.
         prepared = {side: linalg.where(usable, U[side], 0.0) for side in sides}
         if shape.bias and "right" in sides:
@@ -220,12 +222,11 @@ class Window:
         """
         # Every |U| is at most 1: of finite norms come finite products.
         ok = ok & prepared["usable"]
+        only = None if linalg.all_hold(ok) else ok
         if "left" in prepared:
-            linalg.subtract_left(prepared["left"], W, b, ok)
+            linalg.subtract_left(prepared["left"], W, b, only)
         if "right" in prepared:
-            U = prepared["right"]
-            u = prepared["bias"] if "bias" in prepared else U.new_zeros(U.shape[:-1])
-            linalg.subtract_right(U, u, W, b, ok)
+            linalg.subtract_right(prepared["right"], prepared.get("bias"), W, b, only)
         return ok
 
     def project(

@@ -66,7 +66,7 @@ def whitened(K: Tensor, s: Tensor, V: Tensor) -> Tensor:
     return (inverse * s.unsqueeze(-2)) @ V
 
 
-def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
+def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, only: Tensor | None) -> None:
     """Multiply ``(I - U^T U)`` with ``[W b]`` from the left, in place.
 
     Costs ``4 r d_out d_in`` operations.
@@ -75,14 +75,16 @@ def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
         U: ``[B, r, d_out]``.
         W: ``[B, d_out, d_in]``.
         b: ``[B, d_out]``, or None for a layer without bias.
-        ok: ``[B]`` bool; other layers stay as they are.
+        only: ``[B]`` bool; other layers stay as they are. None for all.
     """
-    W.baddbmm_(U.mT, where(ok, U @ W, 0.0), alpha=-1)
+    W.baddbmm_(U.mT, _masked(U @ W, only), alpha=-1)
     if b is not None:
-        b.unsqueeze(1).baddbmm_(where(ok, times(U, b), 0.0).unsqueeze(1), U, alpha=-1)
+        b.unsqueeze(1).baddbmm_(_masked(times(U, b), only).unsqueeze(1), U, alpha=-1)
 
 
-def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor) -> None:
+def subtract_right(
+    U: Tensor, u: Tensor | None, W: Tensor, b: Tensor | None, only: Tensor | None
+) -> None:
     """Multiply ``(I - [U u]^T [U u])`` with ``[W b]`` from the right, in place.
 
     Costs ``4 r d_out d_in`` operations. Weight and bias are two blocks of one product; no column is
@@ -90,18 +92,22 @@ def subtract_right(U: Tensor, u: Tensor, W: Tensor, b: Tensor | None, ok: Tensor
 
     Args:
         U: ``[B, r, d_in]``.
-        u: ``[B, r]``, the bias's column; unused where ``b`` is None.
+        u: ``[B, r]``, the bias's column; None for a layer without bias.
         W: ``[B, d_out, d_in]``.
-        b: ``[B, d_out]``, or None for a layer without bias.
-        ok: ``[B]`` bool; other layers stay as they are.
+        b: ``[B, d_out]``, or None for a layer without bias, or whose bias has no gradient.
+        only: ``[B]`` bool; other layers stay as they are. None for all.
     """
     Y = W @ U.mT
-    if b is not None:
-        Y.addcmul_(b.unsqueeze(-1), u.unsqueeze(-2))
-    Y = where(ok, Y, 0.0)
+    if u is None or b is None:
+        W.baddbmm_(_masked(Y, only), U, alpha=-1)
+        return
+    Y = _masked(Y.addcmul_(b.unsqueeze(-1), u.unsqueeze(-2)), only)
     W.baddbmm_(Y, U, alpha=-1)
-    if b is not None:
-        b.unsqueeze(1).baddbmm_(u.unsqueeze(1), Y.mT, alpha=-1)
+    b.unsqueeze(1).baddbmm_(u.unsqueeze(1), Y.mT, alpha=-1)
+
+
+def _masked(x: Tensor, only: Tensor | None) -> Tensor:
+    return x if only is None else where(only, x, 0.0)
 
 
 def left_products(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
