@@ -1,8 +1,9 @@
 """Hooks: from a running model to sums of a few vectors per layer.
 
-A forward hook sums the chosen rows of a layer's input; when the gradient of that call's output
-arrives, both sides are added to the layer's slots. Adding in the backward pass only means that
-evaluation, recomputation under checkpointing and Lightning's late ``zero_grad`` all count rightly.
+A forward hook notes a layer's input; when the gradient of that call's output arrives, the chosen
+rows of both are summed, and added to the layer's slots when the pass ends. Adding in the backward
+pass only means that evaluation, recomputation under checkpointing and Lightning's late
+``zero_grad`` all count rightly.
 """
 
 from __future__ import annotations
@@ -273,8 +274,8 @@ class ForwardHook(InertHook):
             return
         pick = gate.pick(gate.update)
         a: PartSums | Tensor | None = x.detach() if gate.right else None
-        # Held here, larger inputs would outlive the backward pass that frees them.
-        if not (x.numel() <= SMALL and _is_saved(x)):
+        # What autograd keeps anyway is read with the gradient, the same work twice in a row.
+        if not _is_saved(x):
             with span("mkor.capture"):
                 a = gate.inputs(site.kind, x.detach(), pick)
         # Cheaper than a hook on the tensor itself, which is kept in a dict of its own.
@@ -321,7 +322,8 @@ class GradientHook:
             if isinstance(site.kind, LinearKind) and not gate.covariance and _is_small(a, grad):
                 self._keep((a, grad if gate.left else None))
                 return
-            a = None if a is None else gate.inputs(site.kind, a, pick)
+            # The graph may live on, and be used again; the input need not.
+            a = self.a = None if a is None else gate.inputs(site.kind, a, pick)
         g = gate.outputs(site.kind, grad, pick)
         # A captured CUDA graph repeats what ran on the device, and no callbacks.
         if grad.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mkor.rows import Chunks, part_sizes, place_chunks, take_parts
-from mkor.sums import PartSums, Pick, accumulator, choose
+from mkor.rows import Chunks, part_sizes, place_chunks, sum_parts, take_parts
+from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["LinearKind"]
 
@@ -47,7 +47,7 @@ class LinearKind:
         Returns:
             Vectors ``[k, d_in]``.
         """
-        return _row_sums(x, pick)
+        return _sums(x, pick)
 
     def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
         """Sums of raw ``g``; see :class:`LayerKind`.
@@ -59,7 +59,7 @@ class LinearKind:
         Returns:
             Vectors ``[k, d_out]``.
         """
-        return _row_sums(g, pick)
+        return _sums(g, pick)
 
     def stacked_sums(self, x: Tensor, pick: Pick) -> PartSums:
         """Sums of several layers' inputs, or of their output gradients.
@@ -71,7 +71,7 @@ class LinearKind:
         Returns:
             Vectors ``[B, k, d]`` and squares ``[B]``.
         """
-        return _stacked_sums(x, pick)
+        return _sums(x, pick, dim=1)
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All rows; see :class:`LayerKind`.
@@ -96,49 +96,29 @@ class LinearKind:
         yield g.reshape(-1, self.d_out)
 
 
-def _row_sums(x: Tensor, pick: Pick) -> PartSums:
-    sums = _stacked_sums(x.unsqueeze(0), pick)
-    return PartSums(sums.vectors.squeeze(0), sums.square.squeeze(0), sums.counts, sums.total)
-
-
-def _stacked_sums(x: Tensor, pick: Pick) -> PartSums:
-    x = (x.unsqueeze(1) if x.dim() == 2 else x).movedim(0, -2)
-    total = math.prod(x.shape[:-2])
+def _sums(x: Tensor, pick: Pick, dim: int = 0) -> PartSums:
+    """Sums over rows ``[*, d]``, with ``dim=1`` over those of several layers ``[B, *, d]``."""
+    x = x.unsqueeze(dim) if x.dim() == dim + 1 else x
+    samples, total = x.shape[dim], math.prod(x.shape[dim:-1])
     if pick.rows is None:
         # The cut is along the first dimension: a sequence is never divided.
-        per_sample = math.prod(x.shape[1:-2])
-        counts = [n * per_sample for n in part_sizes(x.shape[0], pick.vectors)]
-        runs = [run.flatten(1, -3) for run in take_parts(x, pick.vectors, None, 0)]
+        counts = [n * (total // samples) for n in part_sizes(samples, pick.vectors)]
+        runs = [run.flatten(dim + 1, -2) for run in take_parts(x, pick.vectors, None, 0, dim)]
     else:
         chunks = place_chunks(total, pick.vectors, pick.rows)
         counts = [chunks.size] * pick.vectors if chunks else part_sizes(total, pick.vectors)
-        runs = _row_runs(x, pick, chunks)
-    # Reducing is fast where rows lie together: layer by layer, and part by part.
-    by_layer = [run.movedim(2, 0) for run in runs]
-    sums = [run.sum(2, dtype=accumulator(x)) for run in by_layer]
-    norms = [_norm(run, accumulator(x)) for run in by_layer]
-    square = (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).square().sum(1)
-    return PartSums(_in_slots(sums, pick.vectors), square, counts, total)
+        runs = _row_runs(x, pick, chunks, dim)
+    vectors = sum_parts(runs, lambda run: run.sum(dim + 1, dtype=accumulator(x)), pick.vectors, dim)
+    return PartSums(vectors, squares(runs, dim), counts, total)
 
 
-def _norm(run: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, parts, m, d]`` to ``[B, parts]``."""
-    norm: Tensor = torch.linalg.vector_norm(run, dim=(2, 3), dtype=dtype)
-    return norm
-
-
-def _in_slots(sums: list[Tensor], count: int) -> Tensor:
-    """Parts' sums one after the other, ``[B, count, d]``; slots without a part hold 0."""
-    filled = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
-    B, n, d = filled.shape
-    return filled if n == count else torch.cat([filled, filled.new_zeros(B, count - n, d)], dim=1)
-
-
-def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
+def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int) -> list[Tensor]:
+    if x.dim() == dim + 2:
+        return choose(x, pick, chunks, dim)
     if chunks is not None and not isinstance(pick.update, Tensor) and not _flattens(x):
         # Flattening would copy the whole batch to read a few rows of it.
-        return [x[_coordinates(chunks.indices(pick.update, x.device), x.shape[:-2])]]
-    return choose(x.flatten(0, -3), pick, chunks)
+        return [x[_coordinates(chunks.indices(pick.update, x.device), x.shape[:-1])]]
+    return choose(x.flatten(dim, -2), pick, chunks, dim)
 
 
 def _coordinates(flat: Tensor, sizes: torch.Size) -> tuple[Tensor, ...]:
@@ -152,5 +132,5 @@ def _coordinates(flat: Tensor, sizes: torch.Size) -> tuple[Tensor, ...]:
 
 def _flattens(x: Tensor) -> bool:
     """Whether the leading dimensions merge into one without a copy."""
-    lead = [(n, step) for n, step in zip(x.shape[:-2], x.stride()[:-2], strict=True) if n != 1]
+    lead = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
     return all(outer == n * inner for (_, outer), (n, inner) in pairwise(lead))

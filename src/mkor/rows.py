@@ -91,46 +91,60 @@ def part_sizes(samples: int, count: int) -> list[int]:
     return [small + (part < larger) for part in range(count)]
 
 
-def take_parts(x: Tensor, count: int, chunks: Chunks | None, update: int) -> list[Tensor]:
+def take_parts(
+    x: Tensor, count: int, chunks: Chunks | None, update: int, dim: int = 0
+) -> list[Tensor]:
     """The chosen samples, as few tensors of equal parts, without copying any.
 
     Args:
-        x: ``[samples, ...]``.
+        x: ``[..., samples, ...]``.
         count: Number of parts, ``k``.
         chunks: Chosen chunks, or None for the whole batch in ``count`` nearly equal parts.
         update: Number of updates so far.
+        dim: Along which the samples lie.
 
     Returns:
-        Views ``[parts, samples per part, ...]`` whose first dimensions add up to the number of
+        Views ``[..., parts, samples per part, ...]`` whose numbers of parts add up to that of the
         parts that are not empty.
     """
+    shape, strides = x.shape, x.stride()
     if chunks is not None:
-        step = x.stride(0)
+        step = strides[dim]
         start = x.storage_offset() + int(chunks.offset(update)) * step
-        steps = (chunks.stride * step, *x.stride())
-        return [x.as_strided((chunks.parts, chunks.size, *x.shape[1:]), steps, start)]
-    small, larger = x.shape[0] // count, x.shape[0] % count
+        sizes = (*shape[:dim], chunks.parts, chunks.size, *shape[dim + 1 :])
+        steps = (*strides[:dim], chunks.stride * step, step, *strides[dim + 1 :])
+        return [x.as_strided(sizes, steps, start)]
+    small, larger = shape[dim] // count, shape[dim] % count
     if small and not larger:
-        return [x.view(count, small, *x.shape[1:])]
+        return [x.unflatten(dim, (count, small))]
     cut = larger * (small + 1)
-    runs = (x[:cut].unflatten(0, (larger, small + 1)) if larger else None,
-            x[cut:].unflatten(0, (count - larger, small)) if small else None)  # fmt: skip
-    return [run for run in runs if run is not None]
+    runs = []
+    if larger:
+        runs.append(x.narrow(dim, 0, cut).unflatten(dim, (larger, small + 1)))
+    if small:
+        rest = x.narrow(dim, cut, shape[dim] - cut)
+        runs.append(rest.unflatten(dim, (count - larger, small)))
+    return runs
 
 
-def sum_parts(runs: Sequence[Tensor], reduce: Callable[[Tensor], Tensor], count: int) -> Tensor:
+def sum_parts(
+    runs: Sequence[Tensor], reduce: Callable[[Tensor], Tensor], count: int, dim: int = 0
+) -> Tensor:
     """Reduce every part and give each its slot.
 
     Args:
         runs: What :func:`take_parts` returned.
-        reduce: Maps ``[parts, samples, ...]`` to ``[parts, ...]``.
+        reduce: Maps ``[..., parts, samples, ...]`` to ``[..., parts, ...]``.
         count: Number of slots, ``k``.
+        dim: Along which the parts lie.
 
     Returns:
-        ``[count, ...]``; slots without a part hold 0.
+        ``[..., count, ...]``; slots without a part hold 0.
     """
     sums = [reduce(run) for run in runs]
-    filled = sums[0] if len(sums) == 1 else torch.cat(sums)
-    if len(filled) == count:
+    filled = sums[0] if len(sums) == 1 else torch.cat(sums, dim)
+    missing = count - filled.shape[dim]
+    if not missing:
         return filled
-    return torch.cat([filled, filled.new_zeros(count - len(filled), *filled.shape[1:])])
+    empty = filled.new_zeros(*filled.shape[:dim], missing, *filled.shape[dim + 1 :])
+    return torch.cat([filled, empty], dim)

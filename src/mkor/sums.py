@@ -56,36 +56,39 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def squares(runs: list[Tensor]) -> Tensor:
+def squares(runs: list[Tensor], dim: int = 0) -> Tensor:
     """Sum of all squares; part by part, since a norm over gaps between parts is slow.
 
     Args:
-        runs: ``[parts, samples, ...]`` each.
+        runs: ``[..., parts, samples, ...]`` each.
+        dim: Along which the parts lie; what comes before stays.
 
     Returns:
-        0-dim.
+        ``[...]``.
     """
     norms = [
-        torch.linalg.vector_norm(run, dim=tuple(range(1, run.dim())), dtype=accumulator(run))
+        torch.linalg.vector_norm(run, dim=tuple(range(dim + 1, run.dim())), dtype=accumulator(run))
         for run in runs
     ]
-    joined = norms[0] if len(norms) == 1 else torch.cat(norms)
-    return torch.dot(joined, joined)
+    joined = norms[0] if len(norms) == 1 else torch.cat(norms, dim)
+    return joined.square().sum(dim) if dim else torch.dot(joined, joined)
 
 
-def choose(x: Tensor, pick: Pick, chunks: Chunks | None) -> list[Tensor]:
+def choose(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int = 0) -> list[Tensor]:
     """The chosen samples of a call.
 
     Args:
-        x: ``[samples, ...]``.
+        x: ``[..., samples, ...]``.
         pick: Which rows are used.
         chunks: Chosen chunks, or None for the whole batch.
+        dim: Along which the samples lie.
 
     Returns:
         As :func:`mkor.rows.take_parts` returns them.
     """
-    if isinstance(pick.update, Tensor):
-        if chunks is not None:
-            return [x[chunks.indices(pick.update, x.device)]]
-        return take_parts(x, pick.vectors, None, 0)
-    return take_parts(x, pick.vectors, chunks, pick.update)
+    if not isinstance(pick.update, Tensor):
+        return take_parts(x, pick.vectors, chunks, pick.update, dim)
+    if chunks is None:
+        return take_parts(x, pick.vectors, None, 0, dim)
+    indices = chunks.indices(pick.update, x.device)
+    return [x.index_select(dim, indices.flatten()).unflatten(dim, indices.shape)]
