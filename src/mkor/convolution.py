@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mkor.patches import PatchMaps, patch_maps
-from mkor.rows import part_sizes, place_chunks, sum_parts
+from mkor.rows import place, sum_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["ConvKind"]
@@ -61,12 +61,10 @@ class ConvKind:
             Vectors ``[k, channels * kernel positions]``, ordered like the flattened weight.
         """
         x = self._batched(x)
-        sizes = x.shape[2:]
-        positions = math.prod([self._outputs(axis, size) for axis, size in enumerate(sizes)])
-        runs, counts = self._images(x, pick, positions)
         maps = self._maps(x)
+        runs, counts = _images(x, pick, maps.positions)
         images = sum_parts(runs, _image_sums, pick.vectors)
-        return PartSums(maps.sums(images), maps.squares(runs), counts, len(x) * positions)
+        return PartSums(maps.sums(images), maps.squares(runs), counts, len(x) * maps.positions)
 
     def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
         """Sums of raw ``g`` over the positions of the chosen images; see :class:`LayerKind`.
@@ -80,7 +78,7 @@ class ConvKind:
         """
         g = self._batched(g)
         positions = math.prod(g.shape[2:])
-        runs, counts = self._images(g, pick, positions)
+        runs, counts = _images(g, pick, positions)
         dims = (1, *range(3, g.dim() + 1))
         vectors = sum_parts(runs, lambda run: run.sum(dims, dtype=accumulator(g)), pick.vectors)
         return PartSums(vectors, squares(runs), counts, len(g) * positions)
@@ -95,9 +93,7 @@ class ConvKind:
             ``[patches, channels * kernel positions]``, ordered like the flattened weight.
         """
         x = self._batched(x)
-        sizes = enumerate(x.shape[2:])
-        positions = math.prod([self._outputs(axis, size) for axis, size in sizes])
-        images = max(1, SLAB // max(1, positions * self.d_in))
+        images = max(1, SLAB // max(1, self._maps(x).positions * self.d_in))
         for slab in x.split(images):
             yield self._patches(slab)
 
@@ -128,21 +124,16 @@ class ConvKind:
     def _batched(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
 
-    def _images(self, x: Tensor, pick: Pick, positions: int) -> tuple[list[Tensor], list[int]]:
-        chunks = None
-        if pick.rows is not None:
-            per_chunk = max(1, round(pick.rows / max(1, positions)))
-            chunks = place_chunks(len(x), pick.vectors, per_chunk)
-        sizes = [chunks.size] * pick.vectors if chunks else part_sizes(len(x), pick.vectors)
-        return choose(x, pick, chunks), [n * positions for n in sizes]
-
-    def _outputs(self, axis: int, size: int) -> int:
-        span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        return (size + sum(self.padding[axis]) - span) // self.stride[axis] + 1
-
     def _maps(self, x: Tensor) -> PatchMaps:
         shape = (self.kernel, self.stride, self.dilation, self.padding, self.padding_mode)
         return patch_maps(x.shape[2:], *shape, accumulator(x), x.device)
+
+
+def _images(x: Tensor, pick: Pick, positions: int) -> tuple[list[Tensor], list[int]]:
+    """The chosen images, and the rows in each part."""
+    size = None if pick.rows is None else max(1, round(pick.rows / max(1, positions)))
+    chunks, sizes = place(len(x), pick.vectors, size)
+    return choose(x, pick, chunks), [n * positions for n in sizes]
 
 
 def _image_sums(run: Tensor) -> Tensor:

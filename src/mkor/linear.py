@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mkor.rows import Chunks, part_sizes, place_chunks, sum_parts, take_parts
+from mkor.rows import Chunks, place, sum_parts, take_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["LinearKind"]
@@ -102,11 +102,11 @@ def _sums(x: Tensor, pick: Pick, dim: int = 0) -> PartSums:
     samples, total = x.shape[dim], math.prod(x.shape[dim:-1])
     if pick.rows is None:
         # The cut is along the first dimension: a sequence is never divided.
-        counts = [n * (total // samples) for n in part_sizes(samples, pick.vectors)]
+        _, sizes = place(samples, pick.vectors, None)
+        counts = [n * (total // samples) for n in sizes]
         runs = [run.flatten(dim + 1, -2) for run in take_parts(x, pick.vectors, None, 0, dim)]
     else:
-        chunks = place_chunks(total, pick.vectors, pick.rows)
-        counts = [chunks.size] * pick.vectors if chunks else part_sizes(total, pick.vectors)
+        chunks, counts = place(total, pick.vectors, pick.rows)
         runs = _row_runs(x, pick, chunks, dim)
     vectors = sum_parts(runs, lambda run: run.sum(dim + 1, dtype=accumulator(x)), pick.vectors, dim)
     return PartSums(vectors, squares(runs, dim), counts, total)

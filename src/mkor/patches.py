@@ -23,11 +23,13 @@ class PatchMaps:
     """Which positions of an image lie under which taps of a kernel, in all its patches.
 
     Attributes:
+        positions: Of the kernel in an image, the rows of a sample.
         axes: For each axis ``[kernel, size]``: how often a position lies under a tap.
         flat: ``[all taps, all positions]``, their product; None for large images.
         root: ``[*spatial]``, the root of how many taps a position lies under.
     """
 
+    positions: int
     axes: tuple[Tensor, ...]
     flat: Tensor | None
     root: Tensor
@@ -41,12 +43,14 @@ class PatchMaps:
         Returns:
             ``[k, channels * taps]``, ordered like a flattened weight.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            if self.flat is not None:
-                return F.linear(images.flatten(2), self.flat).flatten(1)
-            for axis, axis_map in enumerate(self.axes[:-1], start=2):
-                images = (axis_map @ images.movedim(axis, -2)).movedim(-2, axis)
-            return F.linear(images, self.axes[-1]).flatten(1)
+        if torch.is_autocast_enabled(images.device.type):
+            with torch.autocast(images.device.type, enabled=False):
+                return self.sums(images)
+        if self.flat is not None:
+            return F.linear(images.flatten(2), self.flat).flatten(1)
+        for axis, axis_map in enumerate(self.axes[:-1], start=2):
+            images = (axis_map @ images.movedim(axis, -2)).movedim(-2, axis)
+        return F.linear(images, self.axes[-1]).flatten(1)
 
     def squares(self, runs: list[Tensor]) -> Tensor:
         """Sum of the squares of all patches' entries.
@@ -104,16 +108,21 @@ def _build(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PatchMaps:
-    each = zip(sizes, kernel, stride, dilation, padding, strict=True)
+    each = list(zip(sizes, kernel, stride, dilation, padding, strict=True))
+    positions = math.prod([_outputs(*axis) for axis in each])
     axes = tuple(_axis_map(*axis, mode, dtype, device) for axis in each)
     cover = flat = axes[0].new_ones(1, 1)
     for axis in axes:
         cover = cover.flatten().unsqueeze(1) * axis.sum(0)
     if math.prod(sizes) > FLAT:
-        return PatchMaps(axes, None, cover.view(sizes).sqrt())
+        return PatchMaps(positions, axes, None, cover.view(sizes).sqrt())
     for axis in axes:
         flat = (flat[:, None, :, None] * axis[None, :, None, :]).flatten(2).flatten(0, 1)
-    return PatchMaps(axes, flat, cover.view(sizes).sqrt())
+    return PatchMaps(positions, axes, flat, cover.view(sizes).sqrt())
+
+
+def _outputs(size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int]) -> int:
+    return (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _axis_map(

@@ -8,12 +8,13 @@ all calls, micro-batches and processes have added theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Chunks", "part_sizes", "place_chunks", "sum_parts", "take_parts"]
+__all__ = ["Chunks", "part_sizes", "place", "place_chunks", "sum_parts", "take_parts"]
 
 
 class Chunks(NamedTuple):
@@ -89,6 +90,28 @@ def part_sizes(samples: int, count: int) -> list[int]:
     """
     small, larger = samples // count, samples % count
     return [small + (part < larger) for part in range(count)]
+
+
+def place(samples: int, count: int, size: int | None) -> tuple[Chunks | None, list[int]]:
+    """Spread chunks over a batch, or cut it into parts.
+
+    Args:
+        samples: Samples in the batch.
+        count: Number of chunks or parts, ``k``.
+        size: Samples per chunk; None to use all.
+
+    Returns:
+        The chunks, None for nearly equal parts, and the number of samples in each.
+    """
+    # The same few batches come again and again; the compiler warns of caches.
+    find = _place.__wrapped__ if torch.compiler.is_compiling() else _place
+    return find(samples, count, size)
+
+
+@lru_cache(maxsize=256)
+def _place(samples: int, count: int, size: int | None) -> tuple[Chunks | None, list[int]]:
+    chunks = None if size is None else place_chunks(samples, count, size)
+    return chunks, [size] * count if chunks and size else part_sizes(samples, count)
 
 
 def take_parts(
