@@ -24,12 +24,12 @@ from mkor.output_layer import OutputSearch
 from mkor.passes import Passes
 from mkor.profiling import span
 from mkor.sums import PartSums, Pick
-from mkor.tray import META, Call, Tray
+from mkor.tray import META, SMALL, Call, Tray
 
 __all__ = ["META", "AccumulationHook", "ForwardHook", "Gate", "GradientHook", "InertHook", "Site"]
 
-SMALL = 1 << 14
-"""Calls with no more entries are kept whole until the backward pass ends."""
+HELD = 1 << 24
+"""Entries of inputs and output gradients that are kept whole until a backward pass ends."""
 
 
 @dataclass(eq=False)
@@ -46,6 +46,7 @@ class Gate:
         update: Number of updates so far, which moves the chunks of rows.
         search: The search for the output layers while it is on.
         calls: Times a hook ran since the last step, not counting compiled ones.
+        held: Entries that are kept until the backward pass ends.
         passes: Backward passes since the last step.
     """
 
@@ -58,6 +59,7 @@ class Gate:
     update: int = 0
     search: OutputSearch | None = None
     calls: int = 0
+    held: int = 0
     passes: Passes = field(default_factory=Passes)
     _paused: int = field(default=0, repr=False)
     _wanted: bool = field(default=True, repr=False)
@@ -105,6 +107,32 @@ class Gate:
             return None
         return moments(kind.output_rows(g)) if self.covariance else kind.output_sums(g, pick)
 
+    def may_hold(self, kind: LayerKind, a: Tensor | None, g: Tensor) -> bool:
+        """Whether a call's tensors are kept until the pass ends; they then count as held.
+
+        It pays for small layers, and for convolutions, whose sums take many operations. Most would
+        be alive at the pass's beginning anyway, when memory is fullest; a GPU's is scarcer.
+
+        Args:
+            kind: Of the layer.
+            a: The input.
+            g: The gradient of the output.
+
+        Returns:
+            False if there would be too many.
+        """
+        size = g.numel() + (0 if a is None else a.numel())
+        if self.covariance or g.device.type != "cpu" or self.held + size > HELD:
+            return False
+        if isinstance(kind, LinearKind) and size > 2 * SMALL:
+            return False
+        self.held += size
+        self.passes.at_end(self._let_go)
+        return True
+
+    def _let_go(self) -> None:
+        self.held = 0
+
     def want(self, wanted: bool) -> None:
         """Say whether the coming passes belong to an update.
 
@@ -116,7 +144,7 @@ class Gate:
 
     def forget(self) -> None:
         """Begin a new step."""
-        self.calls = 0
+        self.calls = self.held = 0
         self.passes.forget()
 
     @contextmanager
@@ -270,17 +298,18 @@ class ForwardHook(InertHook):
         if search is not None:
             search.forward(self.key, [x], output)
             output.register_hook(lambda _: search.backward(self.key))
-        if site is None or not _trains(module) or not site.kind.fits(x, output):
+        if site is None or not _trains(module):
             return
-        pick = gate.pick(gate.update)
-        a: PartSums | Tensor | None = x.detach() if gate.right else None
+        a: PartSums | Tensor | None = x
         # What autograd keeps anyway is read with the gradient, the same work twice in a row.
         if not _is_saved(x):
+            if not site.kind.fits(x, output):
+                return
             with span("mkor.capture"):
-                a = gate.inputs(site.kind, x.detach(), pick)
+                a = gate.inputs(site.kind, x.detach(), gate.pick(gate.update))
         # Cheaper than a hook on the tensor itself, which is kept in a dict of its own.
         node: Any = output.grad_fn
-        node.register_prehook(GradientHook(gate, site, pick, a, output.output_nr))
+        node.register_prehook(GradientHook(gate, site, a, output.output_nr))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
@@ -292,14 +321,19 @@ class ForwardHook(InertHook):
 
 
 class GradientHook:
-    """Adds both sides of one call when the gradient of its output arrives."""
+    """Adds both sides of one call when the gradient of its output arrives.
 
-    __slots__ = ("a", "gate", "output", "pick", "site")
+    Args:
+        gate: Shared by all hooks of the optimizer.
+        site: Where the sums go.
+        a: The call's input, or what was taken from it.
+        output: Which output of its operation is the call's.
+    """
 
-    def __init__(
-        self, gate: Gate, site: Site, pick: Pick, a: PartSums | Tensor | None, output: int
-    ) -> None:
-        self.gate, self.site, self.pick, self.a, self.output = gate, site, pick, a, output
+    __slots__ = ("a", "gate", "output", "site")
+
+    def __init__(self, gate: Gate, site: Site, a: PartSums | Tensor | None, output: int) -> None:
+        self.gate, self.site, self.a, self.output = gate, site, a, output
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Add both sides.
@@ -317,23 +351,30 @@ class GradientHook:
             gate.passes.count(site)
 
     def _capture(self, grad: Tensor) -> None:
-        gate, site, pick, a = self.gate, self.site, self.pick, self.a
-        if not isinstance(a, PartSums):
-            if isinstance(site.kind, LinearKind) and not gate.covariance and _is_small(a, grad):
-                self._keep((a, grad if gate.left else None))
+        gate, site, a = self.gate, self.site, self.a
+        pick = gate.pick(gate.update)
+        if isinstance(a, Tensor):
+            if not site.kind.fits(a, grad):
                 return
-            # The graph may live on, and be used again; the input need not.
-            a = self.a = None if a is None else gate.inputs(site.kind, a, pick)
+            x = a.detach() if gate.right else None
+            # Until its sums take its place. The graph may live on, and be used again.
+            self.a = x
+            if site.tray.trusts and gate.may_hold(site.kind, x, grad):
+                self._keep((x, grad if gate.left else None), pick)
+                return
+            a = self.a = None if x is None else gate.inputs(site.kind, x, pick)
         g = gate.outputs(site.kind, grad, pick)
         # A captured CUDA graph repeats what ran on the device, and no callbacks.
         if grad.is_cuda and torch.cuda.is_current_stream_capturing():
             site.add(a, g)
         else:
-            self._keep((a, g))
+            self._keep((a, g), pick)
 
-    def _keep(self, sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None]) -> None:
+    def _keep(
+        self, sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None], pick: Pick
+    ) -> None:
         site = self.site
-        site.tray.put(Call(site.index, sides, self.pick, site.kind))
+        site.tray.put(Call.of(site.index, sides, pick, site.kind, self))
         self.gate.passes.at_end(site.tray.empty)
 
 
@@ -361,10 +402,6 @@ def _is_saved(x: Tensor) -> bool:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-
-
-def _is_small(a: Tensor | None, g: Tensor) -> bool:
-    return g.numel() <= SMALL and (a is None or a.numel() <= SMALL) and not g.is_cuda
 
 
 def _trains(module: nn.Module) -> bool:

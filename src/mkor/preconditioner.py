@@ -84,6 +84,7 @@ class Preconditioner:
         self._agreed = self._early = False
         self._processes = self._followed = 0
         self._counters = checkpoint.counters()
+        self._noted = (checkpoint.VERSION, 0, 0, 1)
         device = next(checkpoint.all_parameters(base.param_groups)).device
         self.switch = None if options.hybrid is None else Switch(options.hybrid, device)
         # Refused updates and raw gradients of layers that were given back to the base.
@@ -169,6 +170,7 @@ class Preconditioner:
         Args:
             last: Whether this process took every step.
         """
+        self._note()
         entries = self.ledger.entries.by_parameter.values()
         unique = {id(t): t for entry in entries for t in entry.values()}
         # Released factors are views of a single 0.
@@ -349,9 +351,20 @@ class Preconditioner:
     def shared(self) -> dict[str, Tensor]:
         """What every parameter's entry holds, by name."""
         hybrid = {} if self.switch is None else self.switch.entries
-        numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
-        self._counters.copy_(torch.tensor(numbers, device="cpu"))
+        self._note()
         return {"counters": self._counters, **hybrid}
+
+    def show(self) -> None:
+        """Somebody looks at the base's state: let the entries be there."""
+        self._note()
+        self.ledger.show()
+
+    def _note(self) -> None:
+        """Write the counters down, unless they are: a checkpoint may be loaded into the tensor."""
+        numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
+        if numbers != self._noted:
+            self._counters.copy_(torch.tensor(numbers, device="cpu"))
+            self._noted = numbers
 
     def _release(self) -> None:
         """Free the factors for good; keys and shapes of their entries stay, in checkpoints only."""

@@ -1,0 +1,146 @@
+"""Tensors that are kept until the backward pass ends: the same sums, later, and nothing longer."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from mkor import MKOR
+from mkor.capture import GradientHook
+from mkor.sums import PartSums
+from mkor.tray import Tray
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Linear layers of any size are kept, as convolutions are."""
+    monkeypatch.setattr("mkor.capture.SMALL", 1 << 30)
+
+
+def linear():
+    layers = [nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3)]
+    return nn.Sequential(*layers).to(F64), torch.randn(500, 40, dtype=F64)
+
+
+def tokens():
+    model, x = linear()
+    return model, x.view(20, 25, 40)
+
+
+def images():
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(6 * 49, 2)).to(F64), torch.randn(
+        40, 3, 16, 16, dtype=F64
+    )
+
+
+def repeated():
+    layer = nn.Linear(40, 40)
+    layers = [layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(40, 2)]
+    return nn.Sequential(*layers).to(F64), torch.randn(500, 40, dtype=F64)
+
+
+def factors(make, passes, retain=False, rows=8):
+    torch.manual_seed(0)
+    model, x = make()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = MKOR(model, base, rank=8, vectors=4, rows=rows, skip_output=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for part in x.chunk(passes):
+            loss = model(part).square().mean()
+            if retain:
+                loss.backward(retain_graph=True)
+            loss.backward()
+        optimizer.step()
+    return [t for p in model.parameters() for t in (p, *optimizer.state[p].values())]
+
+
+@pytest.mark.parametrize("rows", [8, None])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("retain", [False, True], ids=["", "retain"])
+@pytest.mark.parametrize("make", [linear, tokens, images, repeated])
+def test_the_same_as_if_nothing_were_kept(make, retain, passes, rows, monkeypatch):
+    """Also where a graph is used twice, and a layer is called twice."""
+    kept = factors(make, passes, retain, rows)
+    monkeypatch.setattr("mkor.capture.HELD", 0)
+    for found, expected in zip(kept, factors(make, passes, retain, rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_kept_up_to_a_limit(monkeypatch):
+    """What would be too much is summed at once; the next pass may keep as much again."""
+    kept = []
+    monkeypatch.setattr("mkor.capture.HELD", 2 * 500 * 40)
+    original = Tray.put
+
+    def noting(tray, call):
+        kept.append(isinstance(call.sides[1], torch.Tensor))
+        original(tray, call)
+
+    monkeypatch.setattr(Tray, "put", noting)
+    model, x = linear()
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    for _ in range(2):
+        kept.clear()
+        model(x).square().mean().backward()
+        # The output layer's 500 * 43 entries come first; then there is no room for 500 * 80.
+        assert kept == [True, False, False]
+    optimizer.step()
+
+
+def test_inputs_do_not_outlive_the_pass():
+    """A loss keeps its graph alive, and with it the hooks, but no activations."""
+    gc.collect()
+    model, x = linear()
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    optimizer.step()
+    loss = model(x).square().mean()
+    loss.backward()
+    hooks = [each for each in gc.get_objects() if type(each) is GradientHook]
+    assert len(hooks) == 3
+    assert all(isinstance(hook.a, PartSums) for hook in hooks)
+    assert loss.requires_grad
+
+
+class Overwriting(torch.autograd.Function):
+    """Changes what it returned in its backward pass, as in-place activations do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.y = x.clone()
+        return ctx.y
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            ctx.y.fill_(1e6)
+        return grad
+
+
+class Overwritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(40, 40, dtype=F64), nn.Linear(40, 40, dtype=F64)
+
+    def forward(self, x):
+        return self.last(Overwriting.apply(self.first(x)))
+
+
+def test_inputs_that_the_backward_pass_changes():
+    """The pass in which this is seen teaches that layer nothing; later ones keep no tensors."""
+    torch.manual_seed(0)
+    model = Overwritten()
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = MKOR(model, base, rank=8, vectors=4, rows=8, skip_output=False)
+    x = torch.randn(100, 40, dtype=F64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    entry = optimizer.state[model.last.weight]
+    assert entry["mkor_updates"] == 2
+    assert entry["mkor_right_rows"].abs().max() < 10
