@@ -35,8 +35,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
 from mkor.bench import cli, contestants, timing
 from mkor.bench.arguments import names, whole
 from mkor.bench.compare import INTERRUPTED, prepare_folder
@@ -252,8 +250,6 @@ def run_here(words: Sequence[str]) -> int:
     """A run, in its own process: `mkor overhead` with less warming up and profiling."""
     warmup, profiled, *rest = words
     timing.WARMUP_ROUNDS, timing.PROFILED_ROUNDS = int(warmup), int(profiled)
-    # A contestant's option, as it is written there, has no way of naming a dtype.
-    contestants._WORDS = {**contestants._WORDS, "bfloat16": torch.bfloat16}
     return cli.main(["overhead", *rest])
 
 

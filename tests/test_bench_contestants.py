@@ -1,5 +1,7 @@
 """Contestants as they are written and as they are made."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -245,3 +247,14 @@ def test_muon_refuses_a_model_without_hidden_matrices() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(UsageError, match="of which this model has none"):
         check(parse_contestant("muon"), net)
+
+
+def test_a_dtype_is_named_by_a_word() -> None:
+    """Windows in bfloat16; a word that is no dtype is the optimizer's to refuse."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    (half,) = parse_contestants("mkor[factor_dtype=bfloat16]+adamw")
+    optimizer: Any = build(half, model, 0.1, 0.0)
+    assert optimizer.curvature.factor_dtype == torch.bfloat16
+    (wrong,) = parse_contestants("mkor[factor_dtype=half-a-byte]+adamw")
+    with pytest.raises(TypeError, match="factor_dtype"):
+        build(wrong, model, 0.1, 0.0)

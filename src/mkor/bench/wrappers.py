@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -217,7 +218,7 @@ def wrap(part: Part, model: nn.Module, base: Optimizer, name: str) -> Optimizer:
     """
     row = WRAPPERS[part.name]
     defaults = row.defaults_over(name, part.options)
-    return row.make(row.name, model, base, {**defaults, **part.options})
+    return row.make(row.name, model, base, {**defaults, **part.options, **_dtypes(part.options)})
 
 
 def has_switch(part: Part | None) -> bool:
@@ -230,3 +231,9 @@ def has_switch(part: Part | None) -> bool:
         True if it does.
     """
     return part is not None and WRAPPERS[part.name].switch
+
+
+def _dtypes(options: Mapping[str, Value]) -> Keywords:
+    """Dtypes that are named by words."""
+    found = {key: getattr(torch, str(value), None) for key, value in options.items()}
+    return {key: dtype for key, dtype in found.items() if isinstance(dtype, torch.dtype)}
