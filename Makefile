@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/mkor compare text-lm adamw,mkor+adamw --seeds 2 --match --out demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

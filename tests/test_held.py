@@ -17,7 +17,7 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
     """Linear layers of any size are kept, as convolutions are."""
-    monkeypatch.setattr("mkor.capture.SMALL", 1 << 30)
+    monkeypatch.setattr("mkor.gate.SMALL", 1 << 30)
 
 
 def linear():
@@ -66,7 +66,7 @@ def factors(make, passes, retain=False, rows=8):
 def test_the_same_as_if_nothing_were_kept(make, retain, passes, rows, monkeypatch):
     """Also where a graph is used twice, and a layer is called twice."""
     kept = factors(make, passes, retain, rows)
-    monkeypatch.setattr("mkor.capture.HELD", 0)
+    monkeypatch.setattr("mkor.gate.HELD", 0)
     for found, expected in zip(kept, factors(make, passes, retain, rows), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -74,7 +74,7 @@ def test_the_same_as_if_nothing_were_kept(make, retain, passes, rows, monkeypatc
 def test_kept_up_to_a_limit(monkeypatch):
     """What would be too much is summed at once; the next pass may keep as much again."""
     kept = []
-    monkeypatch.setattr("mkor.capture.HELD", 2 * 500 * 40)
+    monkeypatch.setattr("mkor.gate.HELD", 2 * 500 * 40)
     original = Tray.put
 
     def noting(tray, call):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.capture import META, Site
 from mkor.communication.sharding import Shard
 from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
+from mkor.gate import META, Site
 from mkor.selection import Layer
 from mkor.slots import Slots
 from mkor.tray import Tray
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "fingerprint"]
 
 
 class Batch:
@@ -37,7 +37,7 @@ class Batch:
         a: ``[B, k, d_in]``, sums of inputs, over all processes once they are read; a side that is
             not captured has no vectors. Covariances follow the ``k`` vectors.
         g: ``[B, k, d_out]``, sums of raw output gradients likewise.
-        meta: ``[B, 3 + k]``, see :class:`mkor.capture.Site`.
+        meta: ``[B, 3 + k]``, see :class:`mkor.gate.Site`.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class Batch:
         self.state = self._initial()
         self.seen = torch.zeros(B, dtype=torch.bool, device=shape.device)
         self.finite = torch.ones_like(self.seen)
+        # 0-dim: whether any layer's statistics or gradients are not finite.
+        self.bad = torch.zeros_like(self.seen.any())
         # Whether any layer was preconditioned in this step, and which.
         self.touched = False
         # Which layers had data in the last update.
@@ -145,17 +147,13 @@ class Batch:
         if len(totals[self.slots.buffer]) > 1:
             self.a, self.g, self.meta = self.slots.joined(totals)
 
-    def check(self) -> Tensor:
-        """See which layers have data, and whether statistics and gradients are finite.
-
-        Returns:
-            Whether any layer's are not, a 0-dim tensor.
-        """
+    def check(self) -> None:
+        """See which layers have data, and whether statistics and gradients are finite."""
         squares_a, squares_g, rows = self.meta[:, :META].unbind(1)
         self.seen = rows > 0
         # None is negative, and NaN is not below infinity.
         self.finite = squares_a + squares_g + self.last[0] < math.inf
-        return ~self.finite.all()
+        self.bad = ~self.finite.all()
 
     def update(self, refuse: Tensor, scale: float | Tensor, number: int) -> None:
         """Give this step's statistics to the curvature.
@@ -221,6 +219,23 @@ class Batch:
             for i, layer in enumerate(self.layers)
             if not self.skipped[i]
         }
+
+
+def fingerprint(batches: Sequence[Batch], updates: int) -> str:
+    """What distinguishes the factors of one checkpoint from another's.
+
+    Args:
+        batches: The layers.
+        updates: Of the factors, so far.
+
+    Returns:
+        For reading and comparing.
+    """
+    if not updates:
+        return "of a new optimizer"
+    sums = [batch.fingerprint().item() for batch in batches]
+    # Threads add in different orders.
+    return f"with the checksum {sum(sums):.6e}"
 
 
 def _cosine(product: float, norm: float, norm2: float) -> float:

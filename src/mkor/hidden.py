@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mkor.capture import Gate, GradientHook, InertHook, Site
+from mkor.capture import GradientHook, InertHook
+from mkor.gate import Gate, Site
 from mkor.profiling import span
 from mkor.selection import Layer
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mkor.batches import Batch
-from mkor.capture import Gate
 from mkor.communication.assignment import Assignment
 from mkor.communication.sharding import Shard, shard_of
 from mkor.curvature.contract import SIDES, BatchShape, Curvature
+from mkor.gate import Gate
 from mkor.renewal import inverters
 from mkor.selection import Layer
 from mkor.slots import slots_for

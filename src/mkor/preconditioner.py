@@ -14,21 +14,23 @@ from torch.optim import Optimizer
 
 from mkor import checkpoint
 from mkor.application import Stage, measure, precondition
-from mkor.capture import Gate
+from mkor.batches import fingerprint
 from mkor.clipping import clip_kl, gradients_finite
 from mkor.communication.agreement import check_agreement
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import check_sharding, reshard
 from mkor.communication.uneven import share_last
 from mkor.coverage import Coverage, report
-from mkor.curvature.contract import Curvature, Inverting
+from mkor.curvature.contract import Curvature
 from mkor.diagnostics import gather
+from mkor.gate import Gate
 from mkor.gradients import Gradients
 from mkor.hybrid import Switch
+from mkor.learning import learn
 from mkor.ledger import Ledger
 from mkor.options import Options, parts_of
 from mkor.profiling import span
-from mkor.renewal import renew
+from mkor.validation import check_parameters
 from mkor.watch import Watch
 
 __all__ = ["Preconditioner"]
@@ -78,7 +80,6 @@ class Preconditioner:
         self.steps = self.updates = 0
         self._passes = 1
         self._model, self._base, self._curvature = model, base, curvature
-        self._inverting = curvature if isinstance(curvature, Inverting) else None
         # A wrapper that is dropped must be freed at once, hooks and all.
         self._close = weakref.WeakMethod(close)
         self._agreed = self._early = False
@@ -198,7 +199,7 @@ class Preconditioner:
         """Make sure, at the first step and after loading, that all processes are set up alike."""
         if self._agreed:
             return
-        self._check_parameters()
+        check_parameters(self._model, self._base.param_groups)
         if self.communicator.world_size == 1:
             self._agreed = True
             return
@@ -206,7 +207,7 @@ class Preconditioner:
             "curvature": repr(self._curvature),
             "base": type(self._base).__name__,
             "taken": f"{self.steps} steps and {self.updates} updates",
-            "factors": self._fingerprint(),
+            "factors": fingerprint(self._watch.batches, self.updates),
             **self.options.facts(),
             **self._watch.selection.facts(),
         }
@@ -217,37 +218,14 @@ class Preconditioner:
         self._agreed = self.steps > 0 or any(seen for _, seen in passes)
         self._early = all(count == 1 for count, _ in passes)
 
-    def _fingerprint(self) -> str:
-        """What distinguishes the factors of one checkpoint from another's."""
-        if not self.updates:
-            return "of a new optimizer"
-        sums = [batch.fingerprint().item() for batch in self._watch.batches]
-        # Threads add in different orders.
-        return f"with the checksum {sum(sums):.6e}"
-
-    def _check_parameters(self) -> None:
-        """Raise if the base holds parameters that are no longer the model's."""
-        current = {id(parameter) for parameter in self._model.parameters()}
-        if not any(id(p) in current for p in checkpoint.all_parameters(self._base.param_groups)):
-            raise RuntimeError(
-                "the base optimizer holds none of the model's present parameters: they were "
-                "replaced after it was built, as fully_shard does; shard the model first, then "
-                "build the base and wrap it"
-            )
-
     def _update(self, due: bool) -> list[list[Gradients]]:
-        watch = self._watch
-        batches = watch.batches
+        batches = self._watch.batches
         gradients = measure(batches)
-        bad = [batch.check() for batch in batches]
-        if not (due and bad):
-            return gradients
-        refuse = bad[0] if len(bad) == 1 else _any(bad)
-        scale = 1.0 / (self.loss_scale * self.communicator.world_size)
         for batch in batches:
-            batch.update(refuse.to(batch.shape.device), scale, self.updates)
-        if self._inverting is not None and self._inverting.due(self.updates):
-            renew(batches, self._inverting, refuse, watch.assignment)
+            batch.check()
+        if due:
+            scale = 1.0 / (self.loss_scale * self.communicator.world_size)
+            learn(batches, self._curvature, scale, self.updates, self._watch.assignment)
         return gradients
 
     def _begin(self) -> None:
@@ -412,8 +390,3 @@ class Preconditioner:
 
     def _renew_entries(self) -> None:
         self.ledger.renew(self._watch.batches, self.shared)
-
-
-def _any(flags: list[Tensor]) -> Tensor:
-    """Whether any of some 0-dim flags holds, on the first one's device."""
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()

@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from mkor.capture import META, Gate
 from mkor.curvature.contract import BatchShape
+from mkor.gate import META, Gate
 
 __all__ = ["Slots", "slots_for"]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mkor.layers import LayerKind
 from mkor.linear import LinearKind
+from mkor.profiling import span
 from mkor.sums import PartSums, Pick
 
 __all__ = ["META", "SMALL", "Call", "Tray"]
@@ -74,7 +75,7 @@ class Tray:
     """The calls of a batch of layers.
 
     Args:
-        a: ``[B, k, d_in]``, see :class:`mkor.capture.Site`.
+        a: ``[B, k, d_in]``, see :class:`mkor.gate.Site`.
         g: ``[B, k, d_out]``.
         meta: ``[B, 3 + k]``.
 
@@ -105,8 +106,9 @@ class Tray:
         calls = [call for call in found if call.versions == _versions(call.sides)]
         self.trusts = self.trusts and len(calls) == len(found)
         calls.sort(key=lambda call: call.layer)
-        for run in _runs(calls):
-            self._add(run)
+        with span("mkor.capture"):
+            for run in _runs(calls):
+                self._add(run)
 
     def _add(self, run: Sequence[Call]) -> None:
         """Add calls of neighbouring layers that are alike."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -19,6 +20,7 @@ __all__ = [
     "check_curvature",
     "check_model",
     "check_options",
+    "check_parameters",
     "check_rates",
     "check_reduce",
 ]
@@ -161,6 +163,25 @@ def check_options(
     _check_kl_clip(kl_clip, rescale)
     if hybrid is not None and not isinstance(hybrid, LossRateSwitch):
         raise TypeError(f"hybrid must be a mkor.LossRateSwitch(...) or None, got {hybrid!r}")
+
+
+def check_parameters(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """See whether the base still holds the model's parameters.
+
+    Args:
+        model: The model.
+        groups: The base's parameter groups.
+
+    Raises:
+        RuntimeError: They have been replaced since.
+    """
+    current = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in current for group in groups for parameter in group["params"]):
+        raise RuntimeError(
+            "the base optimizer holds none of the model's present parameters: they were "
+            "replaced after it was built, as fully_shard does; shard the model first, then "
+            "build the base and wrap it"
+        )
 
 
 def check_rates(groups: Iterable[Mapping[str, object]]) -> None:

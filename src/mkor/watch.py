@@ -11,10 +11,11 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mkor.capture import AccumulationHook, ForwardHook, Gate, InertHook, Site
+from mkor.capture import AccumulationHook, ForwardHook, InertHook
 from mkor.communication.communicator import Communicator
 from mkor.communication.reduction import Reduction
 from mkor.curvature.contract import Curvature
+from mkor.gate import Gate, Site
 from mkor.hidden import HiddenHook
 from mkor.layout import allocate
 from mkor.output_layer import EagerUntilFound, OutputSearch

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import mkor
-from mkor.capture import Gate
 from mkor.curvature.contract import SIDES, BatchShape, Curvature, Inverting, Statistics
+from mkor.gate import Gate
 from mkor.layout import allocate
 from mkor.selection import select
 
