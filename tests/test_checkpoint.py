@@ -1,7 +1,7 @@
 """What a checkpoint is keyed by and made of; the rows of the contract test that it resumes."""
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -163,3 +163,49 @@ def test_wrapping_a_base_that_has_stepped():
     resumed = MKOR(other, torch.optim.AdamW(other.parameters(), lr=0.01), **WINDOW)
     resumed.load_state_dict(state)
     assert train(other, resumed, 3, 2) == train(model, optimizer, 3, 2)
+
+
+def own(state):
+    return sorted({k for e in state.values() for k in e if k.startswith(PREFIX)})
+
+
+def test_the_bases_own_state_dict_has_the_factors():
+    """Schedulers and checkpoints work on either, whether or not somebody looked before."""
+    model = seeded()
+    optimizer = make(model)
+    assert not own(optimizer.base.state_dict()["state"])
+    train(model, optimizer, 2)
+    found = own(optimizer.base.state_dict()["state"])
+    assert found
+    assert found == own(optimizer.state_dict()["state"]) == own(optimizer.state)
+    train(model, optimizer, 1)
+    optimizer.close()
+    assert not own(optimizer.base.state_dict()["state"])
+
+
+@pytest.mark.parametrize("how", ["load", "clear", "replace"])
+def test_factors_are_shown_in_a_state_that_was_replaced(how):
+    """Looking, changing the base's state by hand, and looking again."""
+    model = seeded()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    whole = own(optimizer.state)
+    if how == "load":
+        fresh = torch.optim.AdamW(groups_of(model), lr=0.02)
+        optimizer.base.load_state_dict(fresh.state_dict())
+    elif how == "clear":
+        optimizer.state.clear()
+    else:
+        optimizer.base.state = defaultdict(dict)
+    assert own(optimizer.state) == whole == own(optimizer.state_dict()["state"])
+
+
+def test_counters_of_a_state_dict_follow_its_factors():
+    """Its tensors are the optimizer's own, all of them: nothing in it is of another step."""
+    model = seeded()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    state = optimizer.state_dict()["state"]
+    train(model, optimizer, 2, 3)
+    entry = next(e for e in state.values() if e.get(f"{PREFIX}updates", 0) > 0)
+    assert entry[f"{PREFIX}counters"][2] == entry[f"{PREFIX}updates"] == 4

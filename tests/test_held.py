@@ -144,3 +144,118 @@ def test_inputs_that_the_backward_pass_changes():
     entry = optimizer.state[model.last.weight]
     assert entry["mkor_updates"] == 2
     assert entry["mkor_right_rows"].abs().max() < 10
+
+
+def convolutions(*pairs):
+    """Two convolutions of one matrix's shape, whose patches differ."""
+    first, second = (nn.Conv2d(6, 6, **how, dtype=F64) for how in pairs)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1, dtype=F64), first, nn.Tanh(), second, nn.Flatten())
+    return nn.Sequential(*model, nn.LazyLinear(2, dtype=F64)), torch.randn(24, 3, 9, 9, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ({"kernel_size": (1, 3), "padding": (0, 1)}, {"kernel_size": (3, 1), "padding": (1, 0)}),
+        ({"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "padding": 2, "dilation": 2}),
+        (
+            {"kernel_size": 3, "padding": 1},
+            {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+        ),
+    ],
+    ids=["factorised", "dilated", "padded"],
+)
+def test_neighbours_of_one_shape_and_other_patches(pairs, monkeypatch):
+    """Layers of one batch are only summed together if they read their inputs alike."""
+
+    def make():
+        model, x = convolutions(*pairs)
+        model(x)
+        return model, x
+
+    kept = factors(make, passes=1)
+    monkeypatch.setattr("mkor.gate.HELD", 0)
+    for found, expected in zip(kept, factors(make, passes=1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+class Scaling(nn.Linear):
+    """Autograd keeps what it multiplies, not what it is given."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Residual(nn.Module):
+    def __init__(self, kind, in_place):
+        super().__init__()
+        self.layer, self.in_place = kind(40, 40, dtype=F64), in_place
+
+    def forward(self, x):
+        x = x * 1.0
+        if self.in_place:
+            x += self.layer(x)
+            return x
+        return x + self.layer(x)
+
+
+def test_an_input_that_autograd_does_not_keep_may_change():
+    """A layer that transforms its input first leaves it free for an addition in place."""
+    ends = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Residual(Scaling, in_place), Residual(Scaling, in_place))
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = MKOR(model, base, rank=8, vectors=4, rows=8, skip_output=False)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(60, 40, dtype=F64)).square().mean().backward()
+            optimizer.step()
+        ends.append([t for p in model.parameters() for t in (p, *optimizer.state[p].values())])
+    for found, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Scaling])
+def test_a_forward_pass_alone_leaves_nothing(kind):
+    """Without a backward pass the hooks go with the graph: no cycle keeps an activation."""
+    model = nn.Sequential(Residual(kind, in_place=kind is Scaling), nn.Linear(40, 2, dtype=F64))
+    MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    gc.collect()
+    for _ in range(3):
+        model(torch.randn(60, 40, dtype=F64))
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is GradientHook]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_in_place_activations_after_layers_on_sequences(bias, in_place):
+    """The output is a view where there is a bias; an activation in place replaces its node."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8, bias=bias), nn.ReLU(inplace=in_place), nn.Linear(8, 3, bias=bias)]
+    model = nn.Sequential(*layers).to(F64)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 7, 8, dtype=F64)).square().mean().backward()
+        optimizer.step()
+    assert [int(optimizer.state[model[i].weight]["mkor_updates"]) for i in (0, 2)] == [3, 3]
+
+
+def test_an_output_that_another_hook_cuts_off():
+    """A hook before the wrapper's may return a leaf, which has no node to hang on."""
+    model = nn.Sequential(nn.Linear(8, 8, dtype=F64), nn.Tanh(), nn.Linear(8, 3, dtype=F64))
+    model[0].register_forward_hook(lambda *call: call[-1].detach().requires_grad_())
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    model(torch.randn(5, 8, dtype=F64)).square().mean().backward()
+    optimizer.step()
+    assert optimizer.state[model[2].weight]["mkor_updates"] == 1
+
+
+def test_sums_of_squares_slab_by_slab(monkeypatch):
+    """However few entries are squared at a time."""
+    whole = factors(images, passes=1, rows=None)
+    monkeypatch.setattr("mkor.patches.SLAB", 1000)
+    for found, expected in zip(factors(images, passes=1, rows=None), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

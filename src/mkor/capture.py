@@ -105,16 +105,14 @@ class ForwardHook(InertHook):
             output.register_hook(lambda _: search.backward(self.key))
         if site is None or not _trains(module):
             return
-        a: PartSums | Tensor | None = x
+        a: PartSums | Tensor | None = x.detach()
         # What autograd keeps anyway is read with the gradient, the same work twice in a row.
-        if not _is_saved(x):
+        if not _is_saved(module, x):
             if not site.kind.fits(x, output):
                 return
             with span("mkor.capture"):
                 a = gate.inputs(site.kind, x.detach(), gate.pick(gate.update))
-        # Cheaper than a hook on the tensor itself, which is kept in a dict of its own.
-        node: Any = output.grad_fn
-        node.register_prehook(GradientHook(gate, site, a, output.output_nr))
+        _wait_for_gradient(output, GradientHook(gate, site, a))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
@@ -132,13 +130,17 @@ class GradientHook:
         gate: Shared by all hooks of the optimizer.
         site: Where the sums go.
         a: The call's input, or what was taken from it.
-        output: Which output of its operation is the call's.
+        place: Which output of its operation is the call's.
+
+    Attributes:
+        shape: Of the call's output, where the operation's is shaped otherwise.
     """
 
-    __slots__ = ("a", "gate", "output", "site")
+    __slots__ = ("a", "gate", "place", "shape", "site")
 
-    def __init__(self, gate: Gate, site: Site, a: PartSums | Tensor | None, output: int) -> None:
-        self.gate, self.site, self.a, self.output = gate, site, a, output
+    def __init__(self, gate: Gate, site: Site, a: PartSums | Tensor | None, place: int = 0) -> None:
+        self.gate, self.site, self.a, self.place = gate, site, a, place
+        self.shape: torch.Size | None = None
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Add both sides.
@@ -147,11 +149,12 @@ class GradientHook:
             grads: Of all outputs of the operation that made the call's output.
         """
         gate, site = self.gate, self.site
-        grad = grads[self.output]
+        grad = grads[self.place]
         if not gate.open or grad is None:
             return
+        grad = grad.detach() if self.shape is None else grad.detach().reshape(self.shape)
         with span("mkor.capture"):
-            self._capture(grad.detach())
+            self._capture(grad)
         if site.sharded:
             gate.passes.count(site)
 
@@ -201,8 +204,37 @@ class AccumulationHook(InertHook):
             self.gate.passes.accumulated(self.key, self.sharded)
 
 
-def _is_saved(x: Tensor) -> bool:
+def _wait_for_gradient(output: Tensor, hook: GradientHook) -> None:
+    """Call a hook when an output's gradient arrives.
+
+    Hooks on nodes are cheaper than on tensors, which keep them in a dict of their own.
+    """
+    base = output._base
+    if base is not None and base.grad_fn is not None and _is_same(base, output):
+        # An activation in place cuts a view off from the graph, but not what it is a view of.
+        hook.shape, output = output.shape, base
+    node: Any = output.grad_fn
+    if node is None:
+        # Another hook made it a leaf.
+        output.register_hook(lambda grad: hook((grad,)))
+        return
+    hook.place = output.output_nr
+    node.register_prehook(hook)
+
+
+def _is_same(base: Tensor, view: Tensor) -> bool:
+    """Whether a view is of all of its base, in the same order."""
+    return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
+
+
+_PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+def _is_saved(module: nn.Module, x: Tensor) -> bool:
     """Whether autograd keeps a layer's input as it is until the backward pass anyway."""
+    # A subclass may transform it first; the input is then nobody's, and may change.
+    if type(module).forward not in _PLAIN or "forward" in module.__dict__:
+        return False
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
         return False

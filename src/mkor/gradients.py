@@ -88,8 +88,6 @@ def _copied(
     b = W.new_empty(len(run), *width) if biases else None
     copies = [_like(row, w) for row, w in zip(W.unbind(), weights, strict=True)]
     if b is not None:
-        if len(biases) < len(run):
-            b.zero_()
         rows = zip(b.unbind(), run, strict=True)
         copies += [_like(row, bias) for row, (_, bias) in rows if bias is not None]
     targets = [*weights, *biases]
@@ -187,10 +185,11 @@ def _sizes(batch: Batch) -> tuple[torch.Size, torch.Size]:
 def _runs(
     pairs: Sequence[tuple[Tensor, Tensor | None] | None], joined: bool
 ) -> Iterator[tuple[int, list[tuple[Tensor, Tensor | None]]]]:
-    """Neighbours that have gradients, and the first one's place: slices are views."""
+    """Neighbours that have gradients, of biases too or none, and the first one's place."""
     run: list[tuple[Tensor, Tensor | None]] = []
     for place, pair in enumerate([*pairs, None]):
-        if run and (pair is None or not joined):
+        alike = run and pair is not None and (pair[1] is None) == (run[0][1] is None)
+        if run and not (joined and alike):
             yield place - len(run), run
             run = []
         if pair is not None:

@@ -84,7 +84,7 @@ class HiddenHook(InertHook):
         pick = self.gate.pick(self.gate.update)
         with torch.no_grad(), span("mkor.capture"):
             a = self.gate.inputs(site.kind, x.detach(), pick)
-        node.register_prehook(GradientHook(self.gate, site, a, output=0))
+        node.register_prehook(GradientHook(self.gate, site, a))
 
 
 def _product(output: Tensor, weight: Tensor, inputs: list[Tensor]) -> Any:

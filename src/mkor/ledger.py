@@ -49,7 +49,8 @@ class Ledger:
 
     def show(self) -> None:
         """Somebody looks at the state."""
-        if self._begun and not self._ended and not self._shown:
+        if self._begun and not self._ended:
+            # Again, if they are there: somebody may have replaced the state since.
             self._shown = True
             self.entries.put(self._base.state)
 

@@ -14,6 +14,9 @@ from mkor.sums import accumulator
 
 __all__ = ["PatchMaps", "patch_maps"]
 
+SLAB = 1 << 22
+"""Most entries that are squared at a time."""
+
 FLAT = 1 << 8
 """Images of no more positions are summed by one product, larger ones axis by axis."""
 
@@ -61,9 +64,12 @@ class PatchMaps:
         Returns:
             0-dim.
         """
-        weighted = [(run.to(accumulator(run)) * self.root).flatten() for run in runs]
-        # A norm over the first dimensions is forty times slower.
-        found = [torch.dot(entries, entries) for entries in weighted]
+        found = []
+        for run in runs:
+            for some in run.split(max(1, SLAB // max(1, run[0].numel()))):
+                weighted = (some.to(accumulator(run)) * self.root).flatten()
+                # A norm over the first dimensions is forty times slower.
+                found.append(torch.dot(weighted, weighted))
         return found[0] if len(found) == 1 else torch.stack(found).sum()
 
 

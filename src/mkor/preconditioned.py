@@ -157,7 +157,7 @@ class Preconditioned(Optimizer, Joinable):
     def state(self) -> defaultdict[Tensor, Any]:
         """The base's state, with the factors of preconditioned weights after the first step."""
         if self._constructed:
-            self._preconditioner.show()
+            self._preconditioner.ledger.show()
         return self.base.state
 
     @state.setter

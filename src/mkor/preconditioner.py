@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from array import array
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,8 +86,9 @@ class Preconditioner:
         self._close = weakref.WeakMethod(close)
         self._agreed = self._early = False
         self._processes = self._followed = 0
-        self._counters = checkpoint.counters()
-        self._noted = (checkpoint.VERSION, 0, 0, 1)
+        # The tensor shows the array's memory, which is written in no time.
+        self._numbers = array("q", checkpoint.counters().tolist())
+        self._counters = torch.frombuffer(self._numbers, dtype=torch.int64)
         device = next(checkpoint.all_parameters(base.param_groups)).device
         self.switch = None if options.hybrid is None else Switch(options.hybrid, device)
         # Refused updates and raw gradients of layers that were given back to the base.
@@ -97,6 +100,8 @@ class Preconditioner:
         # Distributed checkpoints take a state that is not empty for complete.
         if base.state:
             self.ledger.begin()
+        shown = weakref.WeakMethod(self.ledger.show)
+        self._looks = base.register_state_dict_pre_hook(partial(_call, shown))
 
     # ------------------------------------------------------------------------------------ phases
 
@@ -171,7 +176,6 @@ class Preconditioner:
         Args:
             last: Whether this process took every step.
         """
-        self._note()
         entries = self.ledger.entries.by_parameter.values()
         unique = {id(t): t for entry in entries for t in entry.values()}
         # Released factors are views of a single 0.
@@ -239,6 +243,8 @@ class Preconditioner:
         # A vote on the output layers must not come before it on one process, after it on another.
         early = self._early and self._agreed and self.gate.search is None
         self.gate.passes.on_end = self._watch.reduction.launch if early else None
+        numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
+        self._numbers[:] = array("q", numbers)
 
     # ------------------------------------------------------------------------------------- views
 
@@ -282,6 +288,7 @@ class Preconditioner:
     def close(self) -> None:
         """Take the hooks off and free the factors."""
         self.active = False
+        self._looks.remove()
         self.ledger.end()
         self._watch.close()
 
@@ -329,20 +336,7 @@ class Preconditioner:
     def shared(self) -> dict[str, Tensor]:
         """What every parameter's entry holds, by name."""
         hybrid = {} if self.switch is None else self.switch.entries
-        self._note()
         return {"counters": self._counters, **hybrid}
-
-    def show(self) -> None:
-        """Somebody looks at the base's state: let the entries be there."""
-        self._note()
-        self.ledger.show()
-
-    def _note(self) -> None:
-        """Write the counters down, unless they are: a checkpoint may be loaded into the tensor."""
-        numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
-        if numbers != self._noted:
-            self._counters.copy_(torch.tensor(numbers, device="cpu"))
-            self._noted = numbers
 
     def _release(self) -> None:
         """Free the factors for good; keys and shapes of their entries stay, in checkpoints only."""
@@ -390,3 +384,10 @@ class Preconditioner:
 
     def _renew_entries(self) -> None:
         self.ledger.renew(self._watch.batches, self.shared)
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]], _: Optimizer) -> None:
+    """Call a method of something that may be gone."""
+    found = method()
+    if found is not None:
+        found()

@@ -154,7 +154,7 @@ def _runs(calls: Sequence[Call]) -> list[list[Call]]:
     runs: list[list[Call]] = []
     last: Any = None
     for call in calls:
-        like = (call.pick, *map(_looks, call.sides))
+        like = (call.kind, call.pick, *map(_looks, call.sides))
         if runs and runs[-1][-1].layer + 1 == call.layer and like == last:
             runs[-1].append(call)
         else:
