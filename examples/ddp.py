@@ -70,6 +70,7 @@ def main():
                 save({**parts, "losses": losses})
     if dist.get_rank() == 0:
         print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
+    dist.barrier()  # torch's threads free tensors meanwhile; else they may lock up at the end
     dist.destroy_process_group()
 
 

@@ -72,6 +72,7 @@ def main():
                 save({"model": weights, "optimizer": state, "losses": losses}, step)
     if dist.get_rank() == 0:
         print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
+    dist.barrier()  # torch's threads free tensors meanwhile; else they may lock up at the end
     dist.destroy_process_group()
 
 

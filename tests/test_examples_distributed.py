@@ -129,6 +129,6 @@ def test_killed_processes_change_nothing(undisturbed, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_is_short_and_says_what_it_is(name):
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) <= 80
     assert text.startswith('"""')
     assert "MKOR(model" in text
