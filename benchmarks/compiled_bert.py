@@ -23,8 +23,10 @@ from mkor.bench.compare import checked_contestants
 from mkor.bench.contestants import Contestant
 from mkor.bench.files import FORMAT, plain
 from mkor.bench.machine import environment, package_version
-from mkor.bench.overhead import print_timings
-from mkor.bench.timing import Subject, Timing, Worker, summarize
+from mkor.bench.overhead_tables import print_timings
+from mkor.bench.rounds import in_turn
+from mkor.bench.timing import Timing, summarize_all
+from mkor.bench.worker import Subject, Worker
 
 SIZES = {"layers": 4, "width": 256, "heads": 4, "words": 4096, "length": 128, "batch": 16}
 SEED = 0
@@ -78,10 +80,9 @@ def measure(contestants: Sequence[Contestant], backend: str, rounds: int) -> lis
     for worker in workers:
         worker.warm_up()
     for index in range(rounds):
-        first = index % len(workers)
-        for worker in (*workers[first:], *workers[:first]):
+        for worker in in_turn(workers, index):
             worker.timed()
-    timings = [summarize(worker, workers[0], worker.parts()) for worker in workers]
+    timings = summarize_all(workers)
     for worker in workers:
         check_captures(worker)
     return timings

@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mkor.bench import cli, contestants, timing
+from mkor.bench import cli, contestants
 from mkor.bench.arguments import names, whole
 from mkor.bench.compare import INTERRUPTED, prepare_folder
 from mkor.bench.curves import COLOURS, GREY, lighter
@@ -43,6 +43,7 @@ from mkor.bench.errors import UnknownNameError, UsageError
 from mkor.bench.processes_theory import period
 from mkor.bench.tables import bytes_text, print_table
 from mkor.bench.timing import quartiles, ratios
+from mkor.bench.worker import Worker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +140,6 @@ class Bar:
     figure: str = "ratio"
 
 
-Sizes = Mapping[str, int]
 MODELS_OWN = (SELDOM, EVA, MUON, KFAC_10, DENSE_10, SOAP)
 MLPS_OWN = (SMALL, SELDOM, EVA, LAMB, MUON, KFAC_1, KFAC_10, DENSE_1, DENSE_10, SOAP)
 
@@ -249,7 +249,7 @@ def overhead_words(row: Row, run: Run) -> list[str]:
 def run_here(words: Sequence[str]) -> int:
     """A run, in its own process: `mkor overhead` with less warming up and profiling."""
     warmup, profiled, *rest = words
-    timing.WARMUP_ROUNDS, timing.PROFILED_ROUNDS = int(warmup), int(profiled)
+    Worker.warmup_rounds, Worker.profiled_rounds = int(warmup), int(profiled)
     return cli.main(["overhead", *rest])
 
 
@@ -389,7 +389,7 @@ def found_in(record: Record) -> dict[str, Found]:
         if cycle == 1:
             found[label] = Found(timing_, record, cycle, timing_["ratio"])
             continue
-        warmup = record.get("warmup", timing.WARMUP_ROUNDS)
+        warmup = record.get("warmup", Worker.warmup_rounds)
         values = list(enumerate(over(record, timing_, base_of(record))))
         parts = [
             [value for index, value in values if is_rare(index, warmup, cycle) is rare]
@@ -650,7 +650,7 @@ def section(costs: Costs) -> str:
         parts.append(costs_table(costs))
     told = [
         f"`mkor overhead {quoted(overhead_words(costs.row, replace(run, rounds=rounds_of(r))))}`: "
-        f"profiled iterations {r.get('profiled', timing.PROFILED_ROUNDS)}; AdamW's wall time over "
+        f"profiled iterations {r.get('profiled', Worker.profiled_rounds)}; AdamW's wall time over "
         f"its CPU time {quietness(r):.2f}"
         for run, r in zip(costs.row.runs, costs.records, strict=True)
         if r

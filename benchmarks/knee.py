@@ -28,15 +28,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from mkor.bench.arguments import share, whole
-from mkor.bench.cli import add_sizes, add_threads
+from mkor.bench.arguments import whole
+from mkor.bench.cli import add_sizes, add_threads, add_warmup
 from mkor.bench.compare import INTERRUPTED, checked_contestants, prepare_folder, sizes_of
 from mkor.bench.contestants import Part
 from mkor.bench.curves import COLOURS, GREY, Line, Look, curve_of, dodge
 from mkor.bench.errors import UnknownNameError, UsageError
 from mkor.bench.files import FORMAT, plain, settings_record
 from mkor.bench.machine import environment
-from mkor.bench.optimizers import check
+from mkor.bench.memory import keep_memory
+from mkor.bench.optimizers import check_all
 from mkor.bench.plot import LABEL_HEIGHT, LETTER, style
 from mkor.bench.progress import Progress, make_progress
 from mkor.bench.race import Race, Settings, mean, spread
@@ -45,7 +46,6 @@ from mkor.bench.runner import planned_steps, run_race
 from mkor.bench.summary import Summary, summarize
 from mkor.bench.tables import print_table
 from mkor.bench.tasks import Task, load_task, new_model
-from mkor.bench.timing import keep_memory
 from mkor.bench.wrappers import wrapper_defaults
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def settings_of(
     defaults = knob_defaults()
     labels = [BASE, *(label_of(changes(knob, value, defaults)) for value in values)]
     contestants = checked_contestants(",".join(labels))
-    for contestant in contestants:
-        check(contestant, new_model(task, 0))
+    check_all(contestants, lambda: new_model(task, 0))
     return Settings(
         task=task,
         contestants=contestants,
@@ -614,13 +613,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME[=A,B]",
         help=f"vary this one only, and over these values; may be repeated ({', '.join(KNOBS)})",
     )
-    add(
-        "--warmup",
-        type=share,
-        default=0.1,
-        metavar="SHARE",
-        help="share of the steps over which the learning rate rises (0.1)",
-    )
+    add_warmup(parser)
     add_threads(parser)
     add("--out", metavar="DIR", help="a folder for knee.json and knee.png")
     add("--resume", action="store_true", help="keep the races that are in that folder's knee.json")

@@ -40,11 +40,11 @@ from mkor.bench.contestants import Contestant
 from mkor.bench.curves import COLOURS
 from mkor.bench.files import FORMAT, plain
 from mkor.bench.machine import environment
-from mkor.bench.overhead import mlp_subject
+from mkor.bench.overhead_models import model_subject
 from mkor.bench.processes_count import counted
 from mkor.bench.processes_theory import period
 from mkor.bench.tables import print_table
-from mkor.bench.timing import Worker
+from mkor.bench.worker import Worker
 
 CONTESTANTS = (
     "adamw,mkor+adamw,mkor[vectors=4]+adamw,kfac+adamw,kfac[update_every=10,inverse_every=10]+adamw"
@@ -168,7 +168,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def prepare(contestant: Contestant) -> Worker:
-    worker = Worker(contestant, mlp_subject(SIZES))
+    worker = Worker(contestant, model_subject("mlp", SIZES))
     worker.model = DistributedDataParallel(worker.model)
     for _ in range(WARMUP + 1):
         worker.iterate()

@@ -101,6 +101,18 @@ class Launches:
         return self.results[world]
 
 
+def launches_of(run: Work, **limits: float) -> Any:
+    """The fixture `launches` of a file whose cases `run` runs."""
+
+    @pytest.fixture(scope="module", name="launches")
+    def fixture(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Launches:
+        return Launches(run, request, tmp_path_factory.mktemp(request.path.stem), **limits)
+
+    return fixture
+
+
 def _each(place: Place, run: Work, cases: Sequence[tuple[int, str]]) -> None:
     """Each case in a group of its own, until one fails."""
     for number, name in cases:

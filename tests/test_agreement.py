@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mkor
-from launches import Launches
+from launches import launches_of
 from processes import described
 
 SECONDS = 10.0
@@ -178,9 +178,7 @@ def run(place, name):
     return None
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("agreement"))
+_launches = launches_of(run)
 
 
 FEW = ("a layer more", "rank", "skip, DDP", "KFAC, DDP", "a base without a layer")

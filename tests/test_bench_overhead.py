@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mkor.bench import overhead_limits, timing
+from mkor.bench import memory, overhead_limits
 from mkor.bench.cli import main
 from mkor.bench.contestants import parse_contestant
 from mkor.bench.overhead_counts import Profile, peak_of, profile_once, summarize_counts
@@ -21,7 +21,9 @@ from mkor.bench.overhead_limits import (
 )
 from mkor.bench.overhead_models import MODELS, make_conv_net, make_resnet50, model_subject
 from mkor.bench.progress import Progress
-from mkor.bench.timing import Subject, Worker, quartiles, run_all, summarize_all
+from mkor.bench.timing import quartiles, summarize_all
+from mkor.bench.turns import run_all
+from mkor.bench.worker import Subject, Worker
 
 TINY = {
     "mlp": {"width": 8, "depth": 2, "rows": 12},
@@ -179,12 +181,12 @@ def worker_timed(contestant: str, subject: Subject) -> Worker:
 def test_stages_are_timed_by_both_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = iter((float(i), 10.0 * i * i) for i in range(100))
     made = worker("sgd", tiny("mlp"))
-    monkeypatch.setattr(timing, "_clocks", lambda: next(clocks))
+    monkeypatch.setattr("mkor.bench.worker._clocks", lambda: next(clocks))
     # One reading before, four inside, one after.
     made.timed()
     assert made.cpu == [5.0]
     assert made.wall == [250.0]
-    monkeypatch.setattr(timing, "PROFILED_ROUNDS", 0)
+    monkeypatch.setattr(Worker, "profiled_rounds", 0)
     assert made.parts() == {"forward": 1.0, "backward": 1.0, "step": 1.0}
     assert made.walls() == {"forward": 30.0, "backward": 50.0, "step": 70.0}
 
@@ -215,9 +217,9 @@ def test_memory_is_kept_where_the_library_can(kept: bool, monkeypatch: pytest.Mo
             if kept:
                 self.mallopt = lambda *pair: asked.append(pair) or 1
 
-    monkeypatch.setattr(timing.sys, "platform", "linux")
-    monkeypatch.setattr(timing.ctypes, "CDLL", Library)
-    assert timing.keep_memory() == kept
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", Library)
+    assert memory.keep_memory() == kept
     # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h.
     assert asked == ([(-1, -1), (-4, 0)] if kept else [])
 

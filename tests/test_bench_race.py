@@ -13,9 +13,9 @@ from mkor.bench.race import Race, Settings, mean, spread
 from mkor.bench.runner import planned_steps, run_race
 from mkor.bench.schedule import factor
 from mkor.bench.tasks import Batch, Task, batches, load_task, new_model
-from mkor.bench.timing import Subject, Worker
 from mkor.bench.training import Training, Trial, state_bytes
 from mkor.bench.tuning import TUNING_SEED, choose, trials_of
+from mkor.bench.worker import Subject, Worker
 
 
 @pytest.fixture

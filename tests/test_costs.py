@@ -1,13 +1,10 @@
 """``benchmarks/costs.py``: what it runs, keeps, says and draws; no time is asserted."""
 
-import importlib.util
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,9 +15,10 @@ from matplotlib.figure import Figure
 from mkor.bench.contestants import parse_contestant
 from mkor.bench.optimizers import base_defaults, check_names
 from mkor.bench.overhead_models import MODELS, model_subject
-from mkor.bench.timing import Worker
+from mkor.bench.worker import Worker
+from scripts import FOLDER, load
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "costs.py"
+FILE = FOLDER / "costs.py"
 STEPS = (-0.03, 0.02, 0.0, 0.03, -0.02)
 """By how much the rounds of hand-made files differ, in their order; quartiles are the second."""
 LOW, HIGH = -0.02, 0.02
@@ -29,18 +27,7 @@ Record = dict[str, Any]
 Ratio = float | tuple[float, float]
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("costs", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up there.
-    sys.modules["costs"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-costs = load()
+costs = load("costs")
 
 
 # ------------------------------------------------------------------------------ hand-made files
@@ -216,7 +203,7 @@ def test_rare_work_falls_on_the_rounds_that_are_named(
     assert cycle == 3
     subject = model_subject("mlp", {"width": 8, "depth": 2, "rows": 12})
     worker = Worker(parse_contestant(label), subject)
-    monkeypatch.setattr("mkor.bench.timing.WARMUP_ROUNDS", warmup)
+    monkeypatch.setattr(Worker, "warmup_rounds", warmup)
     worker.warm_up()
     for _ in range(7):
         worker.profile()

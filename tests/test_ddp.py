@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mkor
 from alike import assert_effective, assert_equal, assert_in_step
-from launches import Launches
+from launches import launches_of
 from nets import Attention, ConvNet, Heads, Mlp, Small, Tokens, TwoDtypes
 from parallel import DENSE, EVERY, F32, LONG, SHORT, WHOLE, Case, base_of, reference, train
 
@@ -175,9 +175,7 @@ def run(place, name):
     return train(CASES[name], distributed, place.rank, place.world)
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("ddp"))
+_launches = launches_of(run)
 
 
 @pytest.mark.parametrize(("world", "name"), pairs(EXACT | COMPILE))

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 import mkor
 from alike import assert_effective, assert_equal, assert_in_step
-from launches import Launches
+from launches import launches_of
 from nets import Apart, Attention, ConvNet, Small, Tokens, TwoDtypes
 from parallel import DENSE, EVERY, F32, LONG, WHOLE, Case, base_of, reference, train
 
@@ -209,9 +209,7 @@ def run(place, name):
     return train(CASES[name], sharded, place.rank, place.world)
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("fsdp"))
+_launches = launches_of(run)
 
 
 @pytest.mark.parametrize(("world", "name"), pairs(EXACT | COMPILE))

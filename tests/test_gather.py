@@ -10,7 +10,7 @@ import torch
 import mkor
 import oracles
 from alike import assert_in_step
-from launches import Launches
+from launches import launches_of
 from nets import ConvNet
 from parallel import SHORT, Case, train
 from recording import Recorder, gradients
@@ -79,9 +79,7 @@ def run(place, name):
     return train(CASES[name], setup, *whole)
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("gather"))
+_launches = launches_of(run)
 
 
 # --------------------------------------------------------------------------------------- by hand

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mkor
 from alike import assert_effective, assert_equal, assert_in_step
-from launches import Launches
+from launches import launches_of
 from parallel import EVERY, WHOLE, Case, base_of, reference, train
 
 GROUPS = ([0, 2], [1])
@@ -40,9 +40,7 @@ def run(place, name):
     return train(case, distributed, ranks.index(place.rank), len(ranks))
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("groups"))
+_launches = launches_of(run)
 
 
 @pytest.mark.parametrize("world", [3])

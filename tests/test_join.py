@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mkor
 from alike import assert_in_step
-from launches import Launches
+from launches import launches_of
 from nets import Mlp
 from parallel import DENSE, EVERY, F64, WHOLE, assembled, described, parts
 
@@ -89,9 +89,7 @@ def alone(name, world):
     return assembled(net, history)
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("join"), collective=15.0)
+_launches = launches_of(run, collective=15.0)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -6,7 +6,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mkor
 from alike import assert_equal, assert_in_step
-from launches import Launches
+from launches import launches_of
 from nets import ConvNet
 from parallel import EVERY, F32, LONG, Case, reference, train
 from test_ddp import LONELY
@@ -115,9 +115,7 @@ def refused_when_sharded(world):
     return ""
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("kaisa"))
+_launches = launches_of(run)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """``benchmarks/knee.py``: what it trains, stores, prints, draws and refuses."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,8 +21,9 @@ from mkor.bench.race import Race, Settings, Tuning
 from mkor.bench.runner import run_race
 from mkor.bench.tasks import load_task
 from mkor.bench.training import Point, Run, Trial
+from scripts import FOLDER, load
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "knee.py"
+FILE = FOLDER / "knee.py"
 STEPS, SEEDS = 5, 2
 SMALL = {"width": 16, "depth": 2, "batch": 64}
 SIZES = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
@@ -34,16 +33,7 @@ KNOBS = ["--knob", "rank=4", "--knob", "rows=none,2"]
 Record = dict[str, Any]
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("knee", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-knee = load()
+knee = load("knee")
 
 
 @pytest.fixture(scope="module", name="made")

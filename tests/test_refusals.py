@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import mkor
-from launches import Launches
+from launches import launches_of
 from processes import described
 
 
@@ -70,9 +70,7 @@ def run(place, name):
     return None
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("refusals"))
+_launches = launches_of(run)
 
 
 @pytest.mark.parametrize("world", [2])

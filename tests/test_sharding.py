@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from launches import Launches
+from launches import launches_of
 from sharded import ALL, BLOCKS, CASES, PARALLEL, STEPS, SUMS, TURNED
 
 ONLY_ON_THREE = {"hybrid, three copies", "sum, two of three"}
@@ -14,9 +14,7 @@ def run(place, name):
     return CASES[name](place)
 
 
-@pytest.fixture(scope="module", name="launches")
-def _launches(request, tmp_path_factory):
-    return Launches(run, request, tmp_path_factory.mktemp("sharding"))
+_launches = launches_of(run)
 
 
 def pairs(names):

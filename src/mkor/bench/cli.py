@@ -56,6 +56,21 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_warmup(parser: argparse.ArgumentParser) -> None:
+    """Adds the share of the steps over which the learning rate rises.
+
+    Args:
+        parser: The parser of a command.
+    """
+    parser.add_argument(
+        "--warmup",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the steps over which the learning rate rises (0.1)",
+    )
+
+
 def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command `compare`.
 
@@ -74,8 +89,8 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "task",
         nargs="?",
         default="text-lm",
-        help="text-lm (the default), text-lm-torch-init, digits-mlp, digits-conv "
-        "or digits-autoencoder",
+        help="text-lm (the default), text-lm-torch-init, digits-mlp, digits-conv, "
+        "digits-large or digits-autoencoder",
     )
     add(
         "contestants",
@@ -106,13 +121,7 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="NAME=VALUE",
         help="a contestant's learning rate, which is then not tuned; may be repeated",
     )
-    add(
-        "--warmup",
-        type=share,
-        default=0.1,
-        metavar="SHARE",
-        help="share of the steps over which the learning rate rises (0.1)",
-    )
+    add_warmup(parser)
     add("--baseline", metavar="NAME", help="whom the others are compared with (the first)")
     add(
         "--match",

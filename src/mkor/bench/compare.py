@@ -13,7 +13,7 @@ import torch
 from .contestants import Contestant, parse_contestants
 from .errors import MissingExtraError, UnknownNameError, UsageError
 from .files import write_csv, write_json
-from .optimizers import check, check_names
+from .optimizers import check_all, check_names
 from .progress import make_progress
 from .race import Race, Settings
 from .report import print_conditions, print_report
@@ -99,8 +99,7 @@ def settings_of(arguments: argparse.Namespace, task: Task | None = None) -> Sett
         raise UnknownNameError("baseline", baseline, labels)
     rates = rates_of(arguments.lr, labels)
     task = task or load_task(arguments.task, sizes_of(arguments))
-    for contestant in contestants:
-        check(contestant, new_model(task, 0))
+    check_all(contestants, lambda: new_model(task, 0))
     return Settings(
         task=task,
         contestants=contestants,

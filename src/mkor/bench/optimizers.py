@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -238,6 +238,20 @@ def check(contestant: Contestant, model: nn.Module) -> None:
         raise UsageError(
             f"{contestant.label} cannot be made: {type(error).__name__}: {error}"
         ) from error
+
+
+def check_all(contestants: Iterable[Contestant], make: Callable[[], nn.Module]) -> None:
+    """Makes sure that contestants can be made, each for a model of its own.
+
+    Args:
+        contestants: The contestants.
+        make: Makes a model.
+
+    Raises:
+        UsageError: If a name or the value of an option is wrong.
+    """
+    for contestant in contestants:
+        check(contestant, make())
 
 
 def centre(contestant: Contestant, task: str) -> float:

@@ -16,20 +16,20 @@ from .compare import checked_contestants, sizes_of
 from .errors import MissingExtraError, UnknownNameError, UsageError
 from .files import FORMAT, plain
 from .machine import environment
-from .optimizers import check
+from .memory import keep_memory
+from .optimizers import check_all
 from .overhead_limits import Limit, Machine, has_limits, limits_of, measure_machine
-from .overhead_models import MODELS, mlp_subject, model_subject
+from .overhead_models import MODELS, model_subject
 from .overhead_plot import draw
 from .overhead_tables import print_limits, print_timings
 from .processes import processes
 from .progress import make_progress
 from .scaling import scaling
 from .tasks import TASKS, batches, load_task, new_model
-from .timing import Subject, Timing, Worker, keep_memory, run_all, summarize_all
+from .timing import Timing, summarize_all
+from .turns import run_all
+from .worker import Subject, Worker
 
-__all__ = ["MLP_SIZES", "mlp_subject", "overhead", "print_timings"]
-
-MLP_SIZES = MODELS["mlp"].sizes
 SEED = 0
 
 
@@ -186,8 +186,7 @@ def overhead(arguments: argparse.Namespace) -> int:
     contestants = checked_contestants(arguments.contestants)
     record, picture = checked_paths(arguments)
     subject = make_subject(arguments)
-    for contestant in contestants:
-        check(contestant, subject.build())
+    check_all(contestants, subject.build)
     kept = keep_memory()
     sizes = ", ".join(f"{key} {value}" for key, value in subject.sizes.items())
     print(f"{subject.name}: {sizes}; {arguments.rounds} rounds, {arguments.threads} thread(s)\n")
@@ -196,10 +195,11 @@ def overhead(arguments: argparse.Namespace) -> int:
         machine = measure_machine(subject.device) if arguments.limits else None
     timings = summarize_all(workers)
     print_timings(timings, sys.stdout)
-    limits = find_limits(workers, timings, machine) if machine else {}
-    for label, found in limits.items():
-        assert machine is not None
-        print_limits(label, found, machine, sys.stdout)
+    limits: dict[str, list[Limit]] = {}
+    if machine:
+        limits = find_limits(workers, timings, machine)
+        for label, found in limits.items():
+            print_limits(label, found, machine, sys.stdout)
     if record:
         write_report(Report(subject, arguments.rounds, timings, kept, machine, limits), record)
     if picture:

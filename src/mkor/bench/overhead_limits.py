@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import mkor
 
-from .timing import Timing, Worker
+from .timing import Timing
 from .training import state_bytes
+from .worker import Worker
 
 # Working sets whose bandwidth is measured: from a core's own cache to memory.
 WORKING_SETS = tuple(1 << power for power in range(16, 29, 2))
@@ -68,7 +69,8 @@ class Layer:
         d_in: Columns of its weight.
         bias: Whether it has a preconditioned bias.
         rank: Vectors kept per side.
-        used: Entries of the inputs and of the output gradients that statistics are made of.
+        used: Entries of the inputs and of the output gradients that statistics are made of, at
+            least: of images whole lines are used.
     """
 
     d_out: int

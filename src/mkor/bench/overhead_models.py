@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .errors import UsageError
 from .tasks import Batch
-from .timing import Subject
+from .worker import Subject
 
 OUTPUTS = 16
 CLASSES = 10
@@ -296,15 +296,3 @@ def model_subject(name: str, given: Sizes) -> Subject:
             return recipe.build(sizes)
 
     return Subject(name, sizes, build, recipe.loss, recipe.batch(sizes))
-
-
-def mlp_subject(sizes: dict[str, int]) -> Subject:
-    """Regression of random numbers on random numbers.
-
-    Args:
-        sizes: Width, depth and rows.
-
-    Returns:
-        The subject.
-    """
-    return model_subject("mlp", sizes)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .curves import COLOURS, GREY
-from .timing import Subject, Timing
+from .timing import Timing
+from .worker import Subject
 
 WIDTH, ROW, FRAME = 9.0, 0.42, 1.5
 OWN = ("mkor.reduce", "mkor.update", "mkor.precondition")

@@ -8,7 +8,8 @@ from typing import TextIO
 from .overhead_counts import PARTS
 from .overhead_limits import Limit, Machine
 from .tables import bytes_text, print_table
-from .timing import STAGES, Timing
+from .timing import Timing
+from .worker import STAGES
 
 
 def print_timings(timings: Sequence[Timing], stream: TextIO) -> None:

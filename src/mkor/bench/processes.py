@@ -17,7 +17,7 @@ from .contestants import Contestant
 from .errors import UsageError
 from .files import FORMAT, plain
 from .machine import environment
-from .optimizers import check
+from .optimizers import check_all
 from .processes_count import KINDS
 from .processes_launch import run_together
 from .processes_models import subject_of
@@ -25,7 +25,7 @@ from .processes_theory import LayerSize, expected, formula
 from .processes_work import Counted, Request, count_all
 from .progress import make_progress
 from .tables import bytes_text, print_table
-from .timing import Subject
+from .worker import Subject
 
 OWN_OPTIONS = {"processes", "contestants", "model", "rows", "width", "depth", "batch", "context"}
 OWN_OPTIONS |= {"threads", "json", "quiet"}
@@ -245,8 +245,7 @@ def processes(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     contestants, world = checked_contestants(arguments.contestants), arguments.processes
     subject = subject_of(arguments)
-    for contestant in contestants:
-        check(contestant, subject.build())
+    check_all(contestants, subject.build)
     sizes = ", ".join(f"{key} {value}" for key, value in subject.sizes.items())
     print(f"{subject.name}: {sizes}; {world} processes\n")
     with make_progress(sys.stderr, quiet=arguments.quiet) as progress:

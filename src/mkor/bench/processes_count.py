@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .errors import UsageError
+
 KINDS = ("gradients", "statistics", "inverses", "preconditioned", "other")
 _KIND_OF_SPAN = {
     "mkor.reduce": "statistics",
@@ -141,7 +143,11 @@ class Counter(TorchDispatchMode):
 
     def _note(self, space: str, name: str, args: Sequence[Any]) -> None:
         if space != "c10d" or name not in _ONE_LIST | _TWO_LISTS:
-            raise NotImplementedError(f"no rule to count {space}::{name} by")
+            known = ", ".join(sorted(_ONE_LIST | _TWO_LISTS))
+            raise UsageError(
+                f"cannot count what {space}::{name} sends; choose a contestant whose collectives "
+                f"are among: {known}."
+            )
         one = name in _ONE_LIST
         group = dist.ProcessGroup.unbox(args[_GROUP if one else _GROUP_OF_TWO])
         size = bytes_of(args[_SENDS if one else _SENDS_OF_TWO])

@@ -99,15 +99,15 @@ def run_together(work: Work, world: int, task: Any, heard: Say, seconds: float) 
 def _listen(ends: list[Connection], heard: Say, deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(ends):
-        waiting = {end: rank for rank, end in enumerate(ends) if rank not in results}
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        waiting = [rank for rank in range(len(ends)) if rank not in results]
+        ready = wait([ends[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
         if not ready:
             raise UsageError("the processes take too long; try a smaller model.")
-        for end in ready:
-            assert isinstance(end, Connection)
-            rank = waiting[end]
+        for rank in waiting:
+            if ends[rank] not in ready:
+                continue
             try:
-                topic, content = end.recv()
+                topic, content = ends[rank].recv()
             except EOFError:
                 raise UsageError(f"process {rank} ended without a result.") from None
             if topic == "failed":
@@ -157,6 +157,7 @@ def _enter(
 
 def _end_with_parent() -> None:
     parent = mp.parent_process()
-    assert parent is not None
+    if parent is None:
+        return
     wait([parent.sentinel])
     os._exit(1)

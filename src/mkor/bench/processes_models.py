@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .compare import sizes_of
 from .errors import UsageError
-from .timing import Subject
+from .worker import Subject
 
 BERT = "bert-base-shapes"
 BERT_SIZES = {"width": 768, "depth": 12, "rows": 64}

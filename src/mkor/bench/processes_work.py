@@ -11,12 +11,12 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from .contestants import Contestant
+from .contestants import Contestant, Part
 from .processes_count import Collective, counted, kernel_bytes
 from .processes_launch import Place, Say
 from .processes_models import subject_of
 from .processes_theory import LayerSize, period
-from .timing import Subject, Worker
+from .worker import Subject, Worker
 
 # The first step compares set-ups, and the first ones sort DDP's buckets.
 WARMUP_STEPS = 3
@@ -86,7 +86,12 @@ def _count(place: Place, contestant: Contestant, subject: Subject) -> Counted:
     kinds = _kinds(seen)
     gradients = worker.model_bytes() // 2
     del worker
-    layers = {size: _layer(place, contestant, subject, names) for size, names in covered.items()}
+    part = contestant.wrapper
+    layers = {
+        size: _run_without(place, contestant, part, names[0], subject)
+        for size, names in covered.items()
+        if part is not None
+    }
     own = sum(kinds.values()) - kinds.get("gradients", 0)
     steps = period(contestant)
     return Counted(
@@ -100,13 +105,13 @@ def _count(place: Place, contestant: Contestant, subject: Subject) -> Counted:
     )
 
 
-def _layer(place: Place, contestant: Contestant, subject: Subject, names: Sequence[str]) -> int:
-    """Bytes handed where one layer of a size is left to the base; without DDP, so no gradients."""
-    part = contestant.wrapper
-    assert part is not None
-    given: Any = part.options.get("skip", ())
-    options = {**part.options, "skip": (*given, names[0])}
-    without = replace(contestant, wrapper=replace(part, options=options))
+def _run_without(
+    place: Place, contestant: Contestant, wrapper: Part, layer: str, subject: Subject
+) -> int:
+    """Bytes handed where the wrapper leaves a layer to the base; without DDP, so no gradients."""
+    given: Any = wrapper.options.get("skip", ())
+    options = {**wrapper.options, "skip": (*given, layer)}
+    without = replace(contestant, wrapper=replace(wrapper, options=options))
     seen, _ = _run(place, Worker(without, subject), 1)
     return sum(_kinds(seen).values())
 

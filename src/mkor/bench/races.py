@@ -14,7 +14,7 @@ import torch
 
 from .contestants import parse_contestants
 from .files import plain, settings_record, write_json
-from .optimizers import check
+from .optimizers import check_all
 from .progress import PlainProgress, Progress
 from .race import Settings
 from .runner import run_race
@@ -57,8 +57,7 @@ def settings_of(plan: Plan) -> Settings:
     """
     task = load_task(plan.task)
     contestants = tuple(parse_contestants(",".join(plan.contestants)))
-    for contestant in contestants:
-        check(contestant, new_model(task, 0))
+    check_all(contestants, lambda: new_model(task, 0))
     return Settings(
         task=task,
         contestants=contestants,

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from .progress import Progress
 from .race import Settings
 from .tasks import batches
 from .training import Run, Training, Trial
+
+T = TypeVar("T")
+
+
+def in_turn(everyone: Sequence[T], index: int) -> Sequence[T]:
+    """All of them, each first in its turn.
+
+    Whoever comes first finds other caches than whoever comes second.
+
+    Args:
+        everyone: Those who take turns.
+        index: Number of the turn.
+
+    Returns:
+        The same, rotated.
+    """
+    first = index % len(everyone)
+    return (*everyone[first:], *everyone[:first])
 
 
 def run_together(trainings: Sequence[Training], seed: int, progress: Progress) -> list[Run]:
@@ -24,9 +43,7 @@ def run_together(trainings: Sequence[Training], seed: int, progress: Progress) -
     stream = batches(trainings[0].task, seed)
     for step in range(max(training.steps for training in trainings)):
         batch = next(stream)
-        # Whoever comes first finds other caches than whoever comes second: take turns.
-        first = step % len(trainings)
-        for training in (*trainings[first:], *trainings[:first]):
+        for training in in_turn(trainings, step):
             if training.running:
                 training.advance(batch)
                 progress.advance(training.contestant.label, training.done, training.loss)
