@@ -401,6 +401,22 @@ def test_zero_grad_drops_captures(row):
     assert same(factors(a), factors(b))
 
 
+@pytest.mark.parametrize("clears", ["model", "base"])
+def test_gradients_cleared_without_zero_grad(row, clears):
+    """The model's ``zero_grad`` or the base's serve as well: a step drops what it has used."""
+    model, other = seeded(), seeded()
+    a, b = row.make(model), row.make(other)
+    for i in range(3):
+        (model if clears == "model" else a.base).zero_grad()
+        backward(model, i)
+        a.step()
+        b.zero_grad()
+        backward(other, i)
+        b.step()
+    assert same(weights(model), weights(other))
+    assert same(factors(a), factors(b))
+
+
 def test_zero_grad_keeps_its_argument(row):
     model = seeded()
     optimizer = row.make(model)

@@ -230,6 +230,35 @@ def test_checkpoint_of_another_model():
         row.make(other).load_state_dict(optimizer.state_dict())
 
 
+LOSSES = {"none": lambda m: setattr(m, "weight", None), "deleted": lambda m: delattr(m, "weight")}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_watched_layer_without_weight(name):
+    """Who takes weights from a model unwraps it: afterwards is early enough."""
+    m = model()
+    base = sgd(m)
+    optimizer = MKOR(m, base, skip_output=False)
+    m(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    LOSSES[name](m[0])
+    m[2](torch.ones(3, 5)).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"watches 0, whose Linear has no tensor 'weight'.*close"
+    ):
+        optimizer.step()
+    optimizer.close()
+    rest = MKOR(m, base, skip_output=False)
+    assert [row.parameter for row in rest.coverage() if row.preconditioned] == [
+        "2.weight",
+        "2.bias",
+    ]
+    before = m[2].weight.clone()
+    m[2](torch.ones(3, 5)).sum().backward()
+    rest.step()
+    assert not torch.equal(m[2].weight, before)
+
+
 def test_attribute_that_does_not_exist():
     with pytest.raises(AttributeError, match="'mkor' has no attribute 'Muon'"):
         mkor.Muon  # noqa: B018

@@ -16,18 +16,22 @@ def moments(slabs: Iterable[Tensor]) -> PartSums:
     """Sums of rows and of their outer products.
 
     Args:
-        slabs: ``[n, d]`` each, together all rows of a call.
+        slabs: ``[n, d]`` each, together all rows of a call; at least one.
 
     Returns:
         One part: its vectors are ``[1 + d, d]``, the sum of the rows above ``sum v v^T``.
     """
-    total, summed = 0, None
-    for rows in slabs:
-        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        # Autocast would multiply in half precision.
-        with torch.autocast(rows.device.type, enabled=False):
-            new = torch.cat([rows.sum(0, keepdim=True), rows.mT @ rows])
-        summed = new if summed is None else summed + new
+    remaining = iter(slabs)
+    rows = next(remaining)
+    summed, total = _sums(rows), len(rows)
+    for rows in remaining:
+        summed = summed + _sums(rows)
         total += len(rows)
-    assert summed is not None
     return PartSums(summed, summed[1:].diagonal().sum(), [total], total)
+
+
+def _sums(rows: Tensor) -> Tensor:
+    rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    # Autocast would multiply in half precision.
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.cat([rows.sum(0, keepdim=True), rows.mT @ rows])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mkor import checkpoint
-from mkor.communication.uneven import Joinable, Shadow, notify
+from mkor.communication.uneven import notify
 from mkor.coverage import Coverage
 from mkor.curvature.contract import Curvature
 from mkor.hybrid import LossRateSwitch
+from mkor.joining import Joining
 from mkor.options import Options
 from mkor.preconditioner import Preconditioner
 from mkor.profiling import span
@@ -28,6 +27,7 @@ from mkor.validation import (
     check_rates,
     check_reduce,
 )
+from mkor.wrapper import Wrapper
 
 __all__ = ["Preconditioned", "WrapperOptions"]
 
@@ -44,7 +44,7 @@ class WrapperOptions(TypedDict, total=False):
     process_group: Any
 
 
-class Preconditioned(Optimizer, Joinable):
+class Preconditioned(Wrapper, Joining):
     """Wraps an optimizer: it steps on gradients that a curvature has preconditioned.
 
     From construction on it is an ordinary ``torch.optim.Optimizer``. ``state`` and ``param_groups``
@@ -114,17 +114,13 @@ class Preconditioned(Optimizer, Joinable):
         check_reduce(reduce, curvature)
         if kl_clip is not None:
             check_rates(optimizer.param_groups)
-        self._constructed = False
-        Optimizer.__init__(self, list(checkpoint.all_parameters(optimizer.param_groups)), {})
-        Joinable.__init__(self)
-        self.base = optimizer
-        self.defaults = dict(optimizer.defaults)
+        Wrapper.__init__(self, optimizer)
+        Joining.__init__(self)
         self.curvature = curvature
         self.update_every = update_every
         self.nonfinite = nonfinite
         self.hybrid = hybrid
         self._skipped_steps = 0
-        self._closed = False
         modules = skip if isinstance(skip, str | nn.Module | type) else tuple(skip)
         options = Options(
             update_every,
@@ -138,46 +134,7 @@ class Preconditioned(Optimizer, Joinable):
             reduce,
             process_group,
         )
-        self._preconditioner = Preconditioner(model, optimizer, curvature, options, self.close)
-        self._constructed = True
-
-    # ---------------------------------------------------------------- an optimizer like any other
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's parameter groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if self._constructed:
-            self.base.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The base's state, with the factors of preconditioned weights after the first step."""
-        if self._constructed:
-            self._preconditioner.ledger.show()
-        return self.base.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        if self._constructed:
-            self.base.state = state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base; layers that become trainable thereby get factors.
-
-        Args:
-            param_group: As for the base optimizer.
-        """
-        if not self._constructed:
-            return
-        if self._preconditioner.options.kl_clip is not None:
-            check_rates([{**self.base.defaults, **param_group}])
-        self.base.add_param_group(param_group)
-        if self._preconditioner.active:
-            self._preconditioner.notice_new_parameters()
+        self._engage(Preconditioner(model, optimizer, curvature, options, self.close))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Precondition the gradients in place and step the base.
@@ -218,102 +175,6 @@ class Preconditioned(Optimizer, Joinable):
         finite = self._preconditioner.gradients_finite()
         self._skipped_steps += not finite
         return finite
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and the statistics captured since the last step.
-
-        Args:
-            set_to_none: Set gradients to None rather than 0.
-        """
-        self.base.zero_grad(set_to_none)
-        if self._preconditioner.active:
-            self._preconditioner.forget()
-
-    def train(self) -> None:
-        """Put a schedule-free base into its training mode; another base has no modes."""
-        self._set_mode("train")
-
-    def eval(self) -> None:
-        """Put a schedule-free base into its evaluation mode; another base has no modes."""
-        self._set_mode("eval")
-
-    def _set_mode(self, mode: str) -> None:
-        change = getattr(self.base, mode, None)
-        if change is not None:
-            change()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state and the factors, in torch's format.
-
-        Returns:
-            ``state`` and ``param_groups`` only; loads with ``torch.load(weights_only=True)``.
-        """
-        with self._preconditioner.ledger.saved(self._preconditioner.shared):
-            packed = super().state_dict()
-            packed["state"] = checkpoint.materialized(packed["state"])
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint of this optimizer, or of the base alone.
-
-        A checkpoint without factors restores the base; the factors then start anew.
-
-        Args:
-            state_dict: From :meth:`state_dict`, keyed by numbers or names.
-
-        Raises:
-            ValueError: It was written by a newer version, for another model or with other settings.
-        """
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        base_part, own = checkpoint.split(state_dict, self.param_groups)
-        if not self._closed:
-            self._preconditioner.load(own)
-        self._preconditioner.ledger.hide()
-        self.base.load_state_dict(base_part)
-        if own:
-            self._preconditioner.ledger.begin()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            f"{type(self).__name__} holds hooks on its model and cannot be copied or pickled: save "
-            "state_dict(), build a new one on the other model, and load it there"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.__getstate__()
-
-    # ------------------------------------- processes that run out of batches before others do
-
-    def join_hook(self, **_: Any) -> Shadow:
-        """For ``torch.distributed.algorithms.Join([ddp, optimizer])``.
-
-        Returns:
-            What this process does once it has no more batches.
-
-        Raises:
-            ValueError: Others would need it to precondition gradients, which it does not get then.
-        """
-        if self._preconditioner.shares_gradients:
-            raise ValueError(
-                "Join needs grad_worker_fraction=1.0: with less, some layers are preconditioned by "
-                "one process for others, which it cannot do once it has run out of batches"
-            )
-        return Shadow(self._preconditioner.shadow, self._preconditioner.share)
-
-    @property
-    def join_device(self) -> torch.device:
-        """Where the first parameter is."""
-        return next(checkpoint.all_parameters(self.param_groups)).device
-
-    @property
-    def join_process_group(self) -> Any:
-        """The processes that train together."""
-        return self._preconditioner.communicator.parent
 
     # ------------------------------------------------------------------------------ its own part
 

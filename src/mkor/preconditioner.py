@@ -16,12 +16,11 @@ from torch.optim import Optimizer
 
 from mkor import checkpoint
 from mkor.application import Stage, measure, precondition
-from mkor.batches import fingerprint
 from mkor.clipping import clip_kl, gradients_finite
-from mkor.communication.agreement import check_agreement
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import check_sharding, reshard
 from mkor.communication.uneven import share_last
+from mkor.concord import Concord
 from mkor.coverage import Coverage, report
 from mkor.curvature.contract import Curvature
 from mkor.diagnostics import gather
@@ -32,7 +31,6 @@ from mkor.learning import learn
 from mkor.ledger import Ledger
 from mkor.options import Options, parts_of
 from mkor.profiling import span
-from mkor.validation import check_parameters
 from mkor.watch import Watch
 
 __all__ = ["Preconditioner"]
@@ -84,13 +82,12 @@ class Preconditioner:
         self._model, self._base, self._curvature = model, base, curvature
         # A wrapper that is dropped must be freed at once, hooks and all.
         self._close = weakref.WeakMethod(close)
-        self._agreed = self._early = False
+        self._concord = Concord(model, base, curvature, options, self.communicator)
         self._processes = self._followed = 0
         # The tensor shows the array's memory, which is written in no time.
         self._numbers = array("q", checkpoint.counters().tolist())
         self._counters = torch.frombuffer(self._numbers, dtype=torch.int64)
-        device = next(checkpoint.all_parameters(base.param_groups)).device
-        self.switch = None if options.hybrid is None else Switch(options.hybrid, device)
+        self.switch = None if options.hybrid is None else Switch(options.hybrid, self.device)
         # Refused updates and raw gradients of layers that were given back to the base.
         self._refused = torch.zeros(2, dtype=torch.int64, device="cpu")
         self.ledger = Ledger(base)
@@ -120,7 +117,7 @@ class Preconditioner:
     def precondition(self) -> None:
         """Learn from the passes since the last step, and precondition their gradients."""
         self.notice_new_parameters()
-        self._agree()
+        self._concord.seek(self._watch, self.steps, self.updates)
         watch, options = self._watch, self.options
         if watch.decide_outputs():
             self._renew_entries()
@@ -142,6 +139,7 @@ class Preconditioner:
         self.updates += due
         # Steps between updates, and steps without data, say nothing of the micro-batches.
         self._passes = self.gate.passes.most or self._passes
+        # zero_grad may never be called: the model's own, or the base's, clears the gradients too.
         watch.forget()
         self._begin()
         self.ledger.begin()
@@ -163,6 +161,11 @@ class Preconditioner:
         with self.full_precision():
             self.precondition()
         self.finish_step()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return next(checkpoint.all_parameters(self._base.param_groups)).device
 
     @property
     def shares_gradients(self) -> bool:
@@ -199,29 +202,6 @@ class Preconditioner:
         if not same or self.communicator.world_size != self._processes:
             self._rebuild()
 
-    def _agree(self) -> None:
-        """Make sure, at the first step and after loading, that all processes are set up alike."""
-        if self._agreed:
-            return
-        check_parameters(self._model, self._base.param_groups)
-        if self.communicator.world_size == 1:
-            self._agreed = True
-            return
-        facts = {
-            "curvature": repr(self._curvature),
-            "base": type(self._base).__name__,
-            "taken": f"{self.steps} steps and {self.updates} updates",
-            "factors": fingerprint(self._watch.batches, self.updates),
-            **self.options.facts(),
-            **self._watch.selection.facts(),
-        }
-        check_agreement(self.communicator, facts)
-        # Sums may travel early where every step has one pass to send them after.
-        mine = self.gate.passes
-        passes = self.communicator.gather_objects((mine.synchronised, mine.most > 0))
-        self._agreed = self.steps > 0 or any(seen for _, seen in passes)
-        self._early = all(count == 1 for count, _ in passes)
-
     def _update(self, due: bool) -> list[list[Gradients]]:
         batches = self._watch.batches
         gradients = measure(batches)
@@ -241,7 +221,7 @@ class Preconditioner:
             rows = max(1, rows // (self._passes * sharing))
         self._watch.begin(self.updates, self.steps % self.options.update_every == 0, rows)
         # A vote on the output layers must not come before it on one process, after it on another.
-        early = self._early and self._agreed and self.gate.search is None
+        early = self._concord.early and self.gate.search is None
         self.gate.passes.on_end = self._watch.reduction.launch if early else None
         numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
         self._numbers[:] = array("q", numbers)
@@ -321,7 +301,7 @@ class Preconditioner:
         self.ledger.entries.copy_from(own)
         for batch in self._watch.batches:
             batch.recover()
-        self._agreed = False
+        self._concord.end()
         self.steps, self.updates, self._passes = saved
         if ended:
             self._begin()
@@ -372,7 +352,7 @@ class Preconditioner:
         self._watch = self._build()
         self._watch.take_over(captured, search)
         self._renew_entries()
-        self._agreed = False
+        self._concord.end()
         self.ledger.entries.copy_from(before.by_parameter)
         self.ledger.entries.copy_layers(before)
         # More layers may have moved the others' inverses to other processes.

@@ -52,9 +52,18 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The current parameter: sharding and casting may replace it after construction."""
+        """The current parameter: sharding and casting may replace it after construction.
+
+        Raises:
+            RuntimeError: Its module has lost it.
+        """
         weight = _parameter(self.holder, self.role.weight)
-        assert isinstance(weight, Tensor)
+        if not isinstance(weight, Tensor):
+            raise RuntimeError(
+                f"the optimizer watches {self.name}, whose {type(self.holder).__name__} has no "
+                f"tensor {self.role.weight!r} any more: close() the optimizer and "
+                "wrap its base again once the model has its final layers"
+            )
         return weight
 
     @property
@@ -80,7 +89,7 @@ class Layer:
 def _parameter(holder: nn.Module, name: str) -> object:
     """What an attribute gives, faster for parameters that the module itself holds."""
     found = holder._parameters.get(name)
-    return getattr(holder, name) if found is None else found
+    return getattr(holder, name, None) if found is None else found
 
 
 @dataclass

@@ -142,12 +142,17 @@ def _multiply(side: str, H: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor
     if H.dtype not in _HALF or not _multiplies(H.dtype, H.device.type):
         return _MULTIPLY[side](H.to(W.dtype), W, b)
     scale = _scale(W, b)
-    low = [None if x is None else (x / _like(scale, x)).to(H.dtype) for x in (W, b)]
-    assert low[0] is not None
-    product = _MULTIPLY[side](H, low[0], low[1])
-    P, p = (None if x is None else x.to(W.dtype) * _like(scale, x) for x in product)
-    assert P is not None
-    return P, p
+    low = None if b is None else _lowered(b, scale, H.dtype)
+    P, p = _MULTIPLY[side](H, _lowered(W, scale, H.dtype), low)
+    return _raised(P, scale, W.dtype), None if p is None else _raised(p, scale, W.dtype)
+
+
+def _lowered(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x / _like(scale, x)).to(dtype)
+
+
+def _raised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) * _like(scale, x)
 
 
 def _scale(W: Tensor, b: Tensor | None) -> Tensor:

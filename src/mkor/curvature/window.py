@@ -1,9 +1,11 @@
 """The window factor: the newest ``r`` statistics vectors of a side, inverted exactly.
 
 After ``t`` updates a side is ``S = lambda I + sum_i w_i v_i v_i^T`` over the window, with
-``w_i = (1-gamma) gamma^age / (k_i (1-gamma^t))``. Its inverse is ``(I - U^T U) / lambda`` with
-``U = C V`` and an ``r x r`` matrix ``C``; the constant ``1/lambda`` is dropped. The window is a
-ring buffer; its Gram matrix ``V V^T`` is kept up to date: an update costs ``2 k r d`` operations.
+``w_i = (1-gamma) gamma^age / (k_i (1-gamma^t))``. With the ``v_i`` as rows of ``V [r, d]``, with
+``s_i = sqrt(w_i / lambda)`` and the Cholesky factor ``K K^T = I + diag(s) V V^T diag(s)``, its
+inverse is ``(I - U^T U) / lambda`` for ``U = K^-1 diag(s) V``; the constant ``1/lambda`` is
+dropped. The window is a ring buffer; its Gram matrix ``V V^T`` is kept up to date: an update costs
+``2 k r d`` operations.
 """
 
 from __future__ import annotations
@@ -178,7 +180,7 @@ class Window:
         gram.scatter_(2, places.unsqueeze(1).expand(-1, r, -1), products.mT)
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """Whitened vectors ``U = C V`` of each side.
+        """Whitened vectors ``U = K^-1 diag(s) V`` of each side, a bias's ones a column of ``V``.
 
         Args:
             state: The windows.
