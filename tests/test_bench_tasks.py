@@ -17,6 +17,7 @@ SMALL = {
     "text-lm-torch-init": TEXT,
     "digits-mlp": {"width": 32, "depth": 2, "batch": 32},
     "digits-conv": {"width": 4, "depth": 2, "batch": 32},
+    "digits-large": {"width": 4, "depth": 2, "batch": 32},
     "digits-autoencoder": {"width": 32, "depth": 4, "batch": 32},
 }
 

@@ -7,14 +7,18 @@ of one chunk by the same amount.
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import oracles
 from cases import GROUPED, convolution
 from mkor import MKOR
+from mkor.geometry import Geometry
+from mkor.patches import patch_maps
 from recording import Recorder, Twin, gradients, matrices
 
 F64 = torch.float64
@@ -399,6 +403,135 @@ def test_vectors_and_squares_of_chosen_images(name, side):
         raw = gradients(model)["0"]
         optimizer.step()
         assert relative(gradients(model)["0"][0], twin.precondition(raw[0])) < 1e-10
+        optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------- chosen lines
+
+
+def line_groups(n, sizes, vectors, rows, steps):
+    """For every step the groups of (image, line) whose patches made a vector."""
+    lines = sizes[0]
+    layer = CONV[len(sizes)](n * lines, 5, 1, bias=False, dtype=F64)
+    optimizer = wrapped(layer, rank=vectors, vectors=vectors, rows=rows, sides="right")
+    found = []
+    for _ in range(steps):
+        x = torch.eye(n * lines, dtype=F64).reshape(n, lines, n * lines, *[1] * (len(sizes) - 1))
+        x = x.transpose(1, 2).expand(n, n * lines, *sizes)
+        out = layer(x)
+        (out * (1 + torch.rand_like(out))).sum().backward()
+        raw = layer.weight.grad.clone()
+        optimizer.step()
+        groups = chunks_seen(raw.flatten(1), layer.weight.grad.flatten(1))
+        found.append([[divmod(column, lines) for column in group] for group in groups])
+        optimizer.zero_grad()
+    return found
+
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "lines"),
+    [((6, 3), 1, 1), ((6, 3), 2, 3), ((6, 3), 4, 5), ((9, 2, 2), 3, 3), ((30,), 4, 16)],
+)
+def test_chosen_lines(sizes, rows, lines):
+    """Of a large image a chunk takes as many lines as hold ``4 m`` positions, all in turn."""
+    n, visited = 7, set()
+    for groups in line_groups(n, sizes, 3, rows, steps=3 * sizes[0]):
+        assert len(groups) == 3
+        starts = set()
+        for group in groups:
+            assert len({image for image, _ in group}) == 1
+            starts.add(group[0][1])
+            assert [line for _, line in group] == list(range(group[0][1], group[0][1] + lines))
+        assert len(starts) == 1
+        visited.update(place for group in groups for place in group)
+    assert {image for image, _ in visited} == set(range(n))
+    assert {line for _, line in visited} == set(range(sizes[0]))
+
+
+LINED = {
+    "1d": ((40,), {"kernel_size": 5, "padding": 2}),
+    "1d, far taps": ((40,), {"kernel_size": 3, "stride": 2, "dilation": 4, "padding": 3}),
+    "2d": ((12, 5), {"kernel_size": 3, "padding": 1}),
+    "2d, one tap": ((12, 5), {"kernel_size": 1}),
+    "2d, strides": ((16, 7), {"kernel_size": (3, 2), "stride": (2, 3), "padding": (2, 1)}),
+    "2d, uneven": ((12, 5), {"kernel_size": (4, 2), "padding": "same"}),
+    "2d, gaps": ((15, 4), {"kernel_size": 1, "stride": 3}),
+    "2d, only padding": ((9, 5), {"kernel_size": 1, "padding": 3}),
+    "2d, wide": ((12, 90), {"kernel_size": 3, "padding": 1}),
+    "3d": ((9, 3, 2), {"kernel_size": 3, "padding": 1}),
+}
+
+
+def line_case(name, n):
+    """A layer, its images, and the (images, output sizes) of one of them."""
+    sizes, how = LINED[name]
+    layer = CONV[len(sizes)](2, 4, **how, dtype=F64)
+    x = torch.randn(n, 2, *sizes, dtype=F64) * torch.arange(1.0, sizes[0] + 1, dtype=F64).view(
+        sizes[0], *[1] * (len(sizes) - 1)
+    )
+    with warnings.catch_warnings():  # torch says once that uneven "same" padding makes a copy
+        warnings.simplefilter("ignore")
+        outputs = layer(x[:1]).shape[2:]
+    return layer, x, outputs
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", LINED)
+def test_vectors_and_squares_of_chosen_lines(name, side):
+    """Patches under the chosen lines of the output, with their padding, and no others."""
+    n, vectors, steps = 8, 3, 14
+    layer, _, outputs = line_case(name, n)
+    width = outputs[1:].numel()
+    rows = max(1, width // 2)
+    model = nn.Sequential(layer)
+    recorder = Recorder(model)
+    optimizer = wrapped(model, rank=7, vectors=vectors, rows=rows, sides=side)
+    twin = oracles.TwinLayer(
+        rank=7, vectors=vectors, momentum=0.9, damping=0.05, bias=True, sides=side
+    )
+    for groups in line_groups(n, tuple(outputs), vectors, rows, steps):
+        _, x, _ = line_case(name, n)
+        model(x).square().mean().backward()
+        (call,) = recorder.take()["0"][0]
+        chunks = [
+            [i * outputs.numel() + line * width + p for i, line in group for p in range(width)]
+            for group in groups
+        ]
+        assert len(chunks[0]) < outputs.numel()
+        twin.history.append(oracles.chunk_statistics(call, chunks, bias=True))
+        raw = gradients(model)["0"]
+        optimizer.step()
+        assert relative(gradients(model)["0"][0], twin.precondition(raw[0])) < 1e-10
+        optimizer.zero_grad()
+
+
+def test_what_is_kept_while_torch_fakes_tensors():
+    """Maps that hold no numbers are not kept for later."""
+    geometry = Geometry((3, 2), (1, 2), (1, 1), ((1, 1), (0, 0)), "zeros")
+    shape = (torch.Size((11, 13)), geometry, F64, torch.device("cpu"))
+    with FakeTensorMode():
+        assert type(patch_maps(*shape).root) is FakeTensor
+    assert type(patch_maps(*shape).root) is torch.Tensor
+    assert patch_maps(*shape) is patch_maps(*shape)
+
+
+def test_images_that_are_not_padded_with_zeros_are_read_whole():
+    """What is under an edge's patches then lies elsewhere in the image."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", dtype=F64))
+    recorder = Recorder(model)
+    optimizer = wrapped(model, rank=7, vectors=3, rows=2)
+    twin = oracles.TwinLayer(rank=7, vectors=3, momentum=0.9, damping=0.05, bias=True)
+    for step in range(4):
+        model(torch.randn(3, 2, 9, 5, dtype=F64)).square().mean().backward()
+        (call,) = recorder.take()["0"][0]
+        chunks = [list(range(45 * image, 45 * image + 45)) for image in range(3)]
+        twin.history.append(oracles.chunk_statistics(call, chunks, bias=True))
+        raw = gradients(model)["0"]
+        optimizer.step()
+        assert relative(gradients(model)["0"][0], twin.precondition(raw[0])) < 1e-10, step
         optimizer.zero_grad()
 
 

@@ -75,6 +75,26 @@ def test_full_graph_equals_eager(how):
     assert backend.graphs == 1
 
 
+class Lines(nn.Module):
+    """Convolutions of whose images a few lines are used, at edges too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3, padding=1)
+        self.second = nn.Conv2d(3, 3, (3, 2), stride=(2, 1), padding=(3, 0))
+        self.output = nn.Linear(3 * 10 * 15, 3)
+
+    def forward(self, x):
+        x = nn.functional.interpolate(x, size=(16, 16))
+        return self.output(self.second(self.first(x).tanh()).tanh().flatten(1))
+
+
+def test_moving_lines_of_images():
+    """Lines move from update to update inside the same compiled code."""
+    _, backend = compare(Lines, 20)
+    assert backend.graphs == 1
+
+
 def test_module_compiled_in_place():
     """``model.compile()`` keeps the module's class; hooks are traced all the same."""
     model, other = seeded(), seeded()

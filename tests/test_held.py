@@ -37,6 +37,16 @@ def images():
     )
 
 
+def alike():
+    """Convolutions of one shape, of whose images only a few lines are used."""
+    layers = [nn.Conv2d(3, 6, 3, padding=1)]
+    for _ in range(3):
+        layers += [nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 256, 2)).to(F64), torch.randn(
+        40, 3, 16, 16, dtype=F64
+    )
+
+
 def repeated():
     layer = nn.Linear(40, 40)
     layers = [layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(40, 2)]
@@ -62,7 +72,7 @@ def factors(make, passes, retain=False, rows=8):
 @pytest.mark.parametrize("rows", [8, None])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("retain", [False, True], ids=["", "retain"])
-@pytest.mark.parametrize("make", [linear, tokens, images, repeated])
+@pytest.mark.parametrize("make", [linear, tokens, images, alike, repeated])
 def test_the_same_as_if_nothing_were_kept(make, retain, passes, rows, monkeypatch):
     """Also where a graph is used twice, and a layer is called twice."""
     kept = factors(make, passes, retain, rows)

@@ -11,10 +11,10 @@ from torch import Tensor
 from mkor import linalg
 from mkor.communication.sharding import Shard
 from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
-from mkor.gate import META, Site
+from mkor.gate import Site
 from mkor.selection import Layer
 from mkor.slots import Slots
-from mkor.tray import Tray
+from mkor.tray import META, Tray
 
 __all__ = ["Batch", "fingerprint"]
 
@@ -99,10 +99,6 @@ class Batch:
             else tensor
             for key, tensor in self.state.items()
         }
-
-    def restore(self) -> None:
-        """Make released factors writable again, empty."""
-        self.state = {key: tensor.contiguous() for key, tensor in self.state.items()}
 
     def reset(self) -> None:
         """Start the factors anew, released ones too; what is known of the outputs stays."""

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mkor.patches import PatchMaps, patch_maps
-from mkor.rows import place, sum_parts
+from mkor.geometry import Geometry, Lines, crop
+from mkor.patches import patch_maps
+from mkor.rows import Chunks, place, sum_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["ConvKind"]
 
 SLAB = 1 << 22
 """Most entries of patches at a time, where all of them are needed."""
+
+OVERLAP = 4
+"""Neighbouring patches that count as one row, because they are nearly the same."""
+
+SMALL = 1 << 16
+"""Calls that use no more entries are stacked."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,7 @@ class ConvKind:
 
     d_in: int
     d_out: int
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    padding_mode: str
+    geometry: Geometry
 
     def fits(self, x: Tensor, output: Tensor) -> bool:
         """Whether images became images with ``d_out`` channels; see :class:`LayerKind`.
@@ -45,29 +49,26 @@ class ConvKind:
         Returns:
             False for anything else.
         """
-        axes = len(self.kernel)
+        axes = self._axes
         if x.is_nested or x.dim() not in (axes + 1, axes + 2) or x.dim() != output.dim():
             return False
         return output.shape[-axes - 1] == self.d_out
 
     def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
-        """Sums of ``a`` over the patches of the chosen images; see :class:`LayerKind`.
+        """Sums of ``a``; see :class:`LayerKind`.
 
         Args:
             x: ``[n, channels, *spatial]``, or one image without the first dimension.
-            pick: Which rows are used; a chunk is whole images.
+            pick: Which rows are used; a chunk is a few lines of one image, the same lines in all
+                chunks, or whole images where these are small.
 
         Returns:
             Vectors ``[k, channels * kernel positions]``, ordered like the flattened weight.
         """
-        x = self._batched(x)
-        maps = self._maps(x)
-        runs, counts = _images(x, pick, maps.positions)
-        images = sum_parts(runs, _image_sums, pick.vectors)
-        return PartSums(maps.sums(images), maps.squares(runs), counts, len(x) * maps.positions)
+        return self._input_sums([x], pick, dim=0)
 
     def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
-        """Sums of raw ``g`` over the positions of the chosen images; see :class:`LayerKind`.
+        """Sums of raw ``g`` over the same positions; see :class:`LayerKind`.
 
         Args:
             g: ``[n, d_out, *output positions]``, or one image without the first dimension.
@@ -76,12 +77,45 @@ class ConvKind:
         Returns:
             Vectors ``[k, d_out]``.
         """
-        g = self._batched(g)
-        positions = math.prod(g.shape[2:])
-        runs, counts = _images(g, pick, positions)
-        dims = (1, *range(3, g.dim() + 1))
-        vectors = sum_parts(runs, lambda run: run.sum(dims, dtype=accumulator(g)), pick.vectors)
-        return PartSums(vectors, squares(runs), counts, len(g) * positions)
+        return self._output_sums([g], pick, dim=0)
+
+    def stacks(self, x: Tensor, pick: Pick) -> bool:
+        """Whether calls like this are summed together; see :class:`LayerKind`.
+
+        Args:
+            x: Its input, or the gradient of its output.
+            pick: Which rows are used.
+
+        Returns:
+            Whether these are few.
+        """
+        if pick.rows is None or self.geometry.mode != "zeros":
+            return False
+        return pick.vectors * pick.rows * x.shape[-self._axes - 1] <= SMALL
+
+    def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of several layers' inputs; see :class:`LayerKind`.
+
+        Args:
+            xs: Shaped alike.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[B, k, channels * kernel positions]`` and squares ``[B]``.
+        """
+        return self._input_sums(xs, pick, dim=1)
+
+    def stacked_output_sums(self, gs: Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of several layers' output gradients; see :class:`LayerKind`.
+
+        Args:
+            gs: Shaped alike.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[B, k, d_out]`` and squares ``[B]``.
+        """
+        return self._output_sums(gs, pick, dim=1)
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All patches, a few images at a time; see :class:`LayerKind`.
@@ -93,7 +127,7 @@ class ConvKind:
             ``[patches, channels * kernel positions]``, ordered like the flattened weight.
         """
         x = self._batched(x)
-        images = max(1, SLAB // max(1, self._maps(x).positions * self.d_in))
+        images = max(1, SLAB // max(1, math.prod(self.geometry.outputs(x.shape[2:])) * self.d_in))
         for slab in x.split(images):
             yield self._patches(slab)
 
@@ -108,36 +142,77 @@ class ConvKind:
         """
         yield self._batched(g).movedim(1, -1).reshape(-1, self.d_out)
 
+    @property
+    def _axes(self) -> int:
+        return len(self.geometry.kernel)
+
     def _patches(self, x: Tensor) -> Tensor:
-        axes = len(self.kernel)
-        if any(map(any, self.padding)):
-            flat = [p for both in reversed(self.padding) for p in both]
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, flat, mode)
-        for axis in range(axes):
-            dilation = self.dilation[axis]
-            x = x.unfold(2 + axis, dilation * (self.kernel[axis] - 1) + 1, self.stride[axis])
-            x = x[..., ::dilation]
-        order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+        padding, mode, n = self.geometry.padding, self.geometry.mode, self._axes
+        if any(map(any, padding)):
+            flat = [p for both in reversed(padding) for p in both]
+            x = F.pad(x, flat, "constant" if mode == "zeros" else mode)
+        for at, axis in enumerate(self.geometry.axes(x.shape[2:]), start=2):
+            x = x.unfold(at, axis.reach, axis.stride)[..., :: axis.dilation]
+        order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
         return x.permute(order).reshape(-1, self.d_in)
 
     def _batched(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
+        return x.unsqueeze(0) if x.dim() == self._axes + 1 else x
 
-    def _maps(self, x: Tensor) -> PatchMaps:
-        shape = (self.kernel, self.stride, self.dilation, self.padding, self.padding_mode)
-        return patch_maps(x.shape[2:], *shape, accumulator(x), x.device)
+    def _input_sums(self, xs: Sequence[Tensor], pick: Pick, dim: int) -> PartSums:
+        images = [self._batched(x) for x in xs]
+        first = images[0]
+        outputs = self.geometry.outputs(first.shape[2:])
+        lines, size = self._chosen(outputs, pick)
+        geometry = self.geometry
+        if lines is not None:
+            cropped = [crop(x, geometry, lines) for x in images]
+            images, geometry = [x for x, _ in cropped], cropped[0][1]
+        maps = patch_maps(images[0].shape[2:], geometry, accumulator(first), first.device)
+        runs, counts = _runs(images, pick, size, dim)
+        sums = sum_parts(runs, lambda run: _image_sums(run, dim), pick.vectors, dim)
+        counts = [n * maps.positions for n in counts]
+        return PartSums(
+            maps.sums(sums), maps.squares(runs, dim), counts, len(first) * math.prod(outputs)
+        )
+
+    def _output_sums(self, gs: Sequence[Tensor], pick: Pick, dim: int) -> PartSums:
+        images = [self._batched(g) for g in gs]
+        total = images[0].numel() // self.d_out
+        lines, size = self._chosen(images[0].shape[2:], pick)
+        if lines is not None:
+            images = [lines.of(g) for g in images]
+        first = images[0]
+        runs, counts = _runs(images, pick, size, dim)
+        over = (dim + 1, *range(dim + 3, dim + first.dim() + 1))
+        dtype = accumulator(first)
+        vectors = sum_parts(runs, lambda run: run.sum(over, dtype=dtype), pick.vectors, dim)
+        counts = [n * math.prod(first.shape[2:]) for n in counts]
+        return PartSums(vectors, squares(runs, dim), counts, total)
+
+    def _chosen(self, outputs: Sequence[int], pick: Pick) -> tuple[Lines | None, int | None]:
+        """Lines of the output that are used, None for all, and images of a chunk, None likewise."""
+        if pick.rows is None:
+            return None, None
+        positions, line = math.prod(outputs), math.prod(outputs[1:])
+        lines = max(1, round(OVERLAP * pick.rows / max(1, line)))
+        if lines >= outputs[0] or self.geometry.mode != "zeros":
+            return None, max(1, round(pick.rows / max(1, positions)))
+        chunks = Chunks(1, lines, outputs[0], outputs[0] - lines)
+        return Lines(chunks.offset(pick.update), lines), 1
 
 
-def _images(x: Tensor, pick: Pick, positions: int) -> tuple[list[Tensor], list[int]]:
-    """The chosen images, and the rows in each part."""
-    size = None if pick.rows is None else max(1, round(pick.rows / max(1, positions)))
-    chunks, sizes = place(len(x), pick.vectors, size)
-    return choose(x, pick, chunks), [n * positions for n in sizes]
+def _runs(
+    images: Sequence[Tensor], pick: Pick, size: int | None, dim: int
+) -> tuple[list[Tensor], list[int]]:
+    """The chosen images, those of several layers stacked, and how many are in each part."""
+    chunks, counts = place(len(images[0]), pick.vectors, size)
+    each = [choose(x, pick, chunks) for x in images]
+    return [torch.stack(run) for run in zip(*each, strict=True)] if dim else each[0], counts
 
 
-def _image_sums(run: Tensor) -> Tensor:
-    """``[parts, channels, *spatial]``: images summed over each part."""
-    return (
-        run[:, 0].to(accumulator(run)) if run.shape[1] == 1 else run.sum(1, dtype=accumulator(run))
-    )
+def _image_sums(run: Tensor, dim: int) -> Tensor:
+    """``[..., parts, channels, *spatial]``: images summed over each part."""
+    if run.shape[dim + 1] == 1:
+        return run.select(dim + 1, 0).to(accumulator(run))
+    return run.sum(dim + 1, dtype=accumulator(run))

@@ -10,14 +10,14 @@ from functools import lru_cache
 from torch import Tensor
 
 from mkor.layers import LayerKind
-from mkor.linear import LinearKind
+from mkor.linear import SMALL, LinearKind
 from mkor.moments import moments
 from mkor.output_layer import OutputSearch
 from mkor.passes import Passes
 from mkor.sums import PartSums, Pick
-from mkor.tray import META, SMALL, Tray
+from mkor.tray import META, Tray
 
-__all__ = ["META", "Gate", "Site"]
+__all__ = ["Gate", "Site"]
 
 HELD = 1 << 24
 """Entries of inputs and output gradients that are kept whole until a backward pass ends."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from mkor.convolution import ConvKind
+from mkor.geometry import Geometry
 from mkor.linear import LinearKind
 from mkor.sums import PartSums, Pick
 
@@ -41,6 +42,15 @@ class LayerKind(Protocol):
 
     def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
         """Sums of raw ``g`` over the same parts, from the gradient of the layer's output."""
+
+    def stacks(self, x: Tensor, pick: Pick) -> bool:
+        """Whether calls with inputs or output gradients like ``x`` are summed faster together."""
+
+    def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of ``a`` for calls of several layers: vectors ``[B, k, d]`` and squares ``[B]``."""
+
+    def stacked_output_sums(self, gs: Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of raw ``g`` likewise."""
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All rows of ``a``, as slabs ``[n, d_in]``."""
@@ -115,11 +125,9 @@ def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[Role, ...] 
     kind = ConvKind(
         d_in=module.in_channels * math.prod(kernel),
         d_out=module.out_channels,
-        kernel=kernel,
-        stride=module.stride,
-        dilation=module.dilation,
-        padding=_paddings(module),
-        padding_mode=module.padding_mode,
+        geometry=Geometry(
+            kernel, module.stride, module.dilation, _paddings(module), module.padding_mode
+        ),
     )
     return (Role(kind),)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from mkor.rows import Chunks, place, sum_parts, take_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
-__all__ = ["LinearKind"]
+__all__ = ["SMALL", "LinearKind"]
+
+SMALL = 1 << 14
+"""Calls with no more entries are stacked."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,41 @@ class LinearKind:
         """
         return _sums(g, pick)
 
-    def stacked_sums(self, x: Tensor, pick: Pick) -> PartSums:
-        """Sums of several layers' inputs, or of their output gradients.
+    def stacks(self, x: Tensor, pick: Pick) -> bool:
+        """Whether calls like this are summed together; see :class:`LayerKind`.
 
         Args:
-            x: ``[B, *, d]``.
+            x: Its input, or the gradient of its output.
             pick: Which rows are used.
 
         Returns:
-            Vectors ``[B, k, d]`` and squares ``[B]``.
+            Whether it is small.
         """
-        return _sums(x, pick, dim=1)
+        return x.numel() <= SMALL
+
+    def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of several layers' inputs; see :class:`LayerKind`.
+
+        Args:
+            xs: ``[*, d_in]`` each, shaped alike.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[B, k, d_in]`` and squares ``[B]``.
+        """
+        return _sums(torch.stack(list(xs)), pick, dim=1)
+
+    def stacked_output_sums(self, gs: Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of several layers' output gradients; see :class:`LayerKind`.
+
+        Args:
+            gs: ``[*, d_out]`` each, shaped alike.
+            pick: Which rows are used.
+
+        Returns:
+            Vectors ``[B, k, d_out]`` and squares ``[B]``.
+        """
+        return _sums(torch.stack(list(gs)), pick, dim=1)
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All rows; see :class:`LayerKind`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mkor.geometry import Axis, Geometry
+from mkor.memo import memo
 from mkor.sums import accumulator
 
 __all__ = ["PatchMaps", "patch_maps"]
@@ -41,82 +42,58 @@ class PatchMaps:
         """Sums of patches.
 
         Args:
-            images: ``[k, channels, *spatial]``.
+            images: ``[..., channels, *spatial]``.
 
         Returns:
-            ``[k, channels * taps]``, ordered like a flattened weight.
+            ``[..., channels * taps]``, ordered like a flattened weight.
         """
         if torch.is_autocast_enabled(images.device.type):
             with torch.autocast(images.device.type, enabled=False):
                 return self.sums(images)
+        n = len(self.axes)
         if self.flat is not None:
-            return F.linear(images.flatten(2), self.flat).flatten(1)
-        for axis, axis_map in enumerate(self.axes[:-1], start=2):
+            return F.linear(images.flatten(-n), self.flat).flatten(-2)
+        for axis, axis_map in zip(range(-n, -1), self.axes[:-1], strict=True):
             images = (axis_map @ images.movedim(axis, -2)).movedim(-2, axis)
-        return F.linear(images, self.axes[-1]).flatten(1)
+        return F.linear(images, self.axes[-1]).flatten(-n - 1)
 
-    def squares(self, runs: list[Tensor]) -> Tensor:
+    def squares(self, runs: list[Tensor], dim: int = 0) -> Tensor:
         """Sum of the squares of all patches' entries.
 
         Args:
-            runs: ``[parts, samples, channels, *spatial]`` each.
+            runs: ``[..., parts, samples, channels, *spatial]`` each.
+            dim: Where the parts lie; what comes before stays.
 
         Returns:
-            0-dim.
+            ``[...]``.
         """
         found = []
         for run in runs:
-            for some in run.split(max(1, SLAB // max(1, run[0].numel()))):
-                weighted = (some.to(accumulator(run)) * self.root).flatten()
+            parts = max(1, SLAB // max(1, run.select(dim, 0).numel()))
+            for some in run.split(parts, dim):
                 # A norm over the first dimensions is forty times slower.
-                found.append(torch.dot(weighted, weighted))
-        return found[0] if len(found) == 1 else torch.stack(found).sum()
+                weighted = (some.to(accumulator(run)) * self.root).flatten(dim)
+                found.append(torch.linalg.vector_norm(weighted, dim=-1).square())
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
+@memo(maxsize=256)
 def patch_maps(
-    sizes: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    sizes: torch.Size, geometry: Geometry, dtype: torch.dtype, device: torch.device
 ) -> PatchMaps:
     """The maps of a convolution; made once for each size of images.
 
     Args:
         sizes: Of an image.
-        kernel: Of the convolution, for each axis like all that follows.
-        stride: Of the convolution.
-        dilation: Of the convolution.
-        padding: Before and after.
-        mode: ``padding_mode``.
+        geometry: Of the convolution.
         dtype: Of the maps.
         device: Of the maps.
 
     Returns:
         The maps.
     """
-    # The compiler folds them into the graph and warns of caches.
-    build = _build.__wrapped__ if torch.compiler.is_compiling() else _build
-    return build(tuple(sizes), kernel, stride, dilation, padding, mode, dtype, device)
-
-
-@lru_cache(maxsize=256)
-def _build(
-    sizes: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PatchMaps:
-    each = list(zip(sizes, kernel, stride, dilation, padding, strict=True))
-    positions = math.prod([_outputs(*axis) for axis in each])
-    axes = tuple(_axis_map(*axis, mode, dtype, device) for axis in each)
+    positions = math.prod(geometry.outputs(sizes))
+    axes = tuple(_axis_map(axis, geometry.mode, dtype, device) for axis in geometry.axes(sizes))
     cover = flat = axes[0].new_ones(1, 1)
     for axis in axes:
         cover = cover.flatten().unsqueeze(1) * axis.sum(0)
@@ -127,25 +104,17 @@ def _build(
     return PatchMaps(positions, axes, flat, cover.view(sizes).sqrt())
 
 
-def _outputs(size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int]) -> int:
-    return (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _axis_map(
-    size: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int],
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
+def _axis_map(axis: Axis, mode: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[kernel, size]``: how often each position of an axis lies under each kernel tap."""
-    where = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
-    mode = "constant" if mode == "zeros" else mode
-    padded = F.pad(where, padding, mode, size if mode == "constant" else None)
-    taps = padded.view(-1).unfold(0, dilation * (kernel - 1) + 1, stride)[:, ::dilation]
-    counts = torch.zeros(size + 1, kernel, dtype=dtype, device=device)
-    counts.scatter_add_(0, taps.long(), torch.ones_like(taps, dtype=dtype))
+    size, (before, after) = axis.size, axis.padding
+    if mode == "zeros":
+        # Paddings may be negative, which leaves positions out.
+        padded = torch.arange(-before, size + after, device=device)
+        padded = padded.where((padded >= 0) & (padded < size), size)
+    else:
+        where = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
+        padded = F.pad(where, axis.padding, mode).view(-1).long()
+    taps = padded.unfold(0, axis.reach, axis.stride)[:, :: axis.dilation]
+    counts = torch.zeros(size + 1, axis.kernel, dtype=dtype, device=device)
+    counts.scatter_add_(0, taps, torch.ones_like(taps, dtype=dtype))
     return counts[:size].mT.contiguous()

@@ -8,11 +8,12 @@ all calls, micro-batches and processes have added theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mkor.memo import memo
 
 __all__ = ["Chunks", "part_sizes", "place", "place_chunks", "sum_parts", "take_parts"]
 
@@ -92,6 +93,7 @@ def part_sizes(samples: int, count: int) -> list[int]:
     return [small + (part < larger) for part in range(count)]
 
 
+@memo(maxsize=256)
 def place(samples: int, count: int, size: int | None) -> tuple[Chunks | None, list[int]]:
     """Spread chunks over a batch, or cut it into parts.
 
@@ -103,13 +105,6 @@ def place(samples: int, count: int, size: int | None) -> tuple[Chunks | None, li
     Returns:
         The chunks, None for nearly equal parts, and the number of samples in each.
     """
-    # The same few batches come again and again; the compiler warns of caches.
-    find = _place.__wrapped__ if torch.compiler.is_compiling() else _place
-    return find(samples, count, size)
-
-
-@lru_cache(maxsize=256)
-def _place(samples: int, count: int, size: int | None) -> tuple[Chunks | None, list[int]]:
     chunks = None if size is None else place_chunks(samples, count, size)
     return chunks, [size] * count if chunks and size else part_sizes(samples, count)
 

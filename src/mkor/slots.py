@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mkor.curvature.contract import BatchShape
-from mkor.gate import META, Gate
+from mkor.gate import Gate
+from mkor.tray import META
 
 __all__ = ["Slots", "slots_for"]
 

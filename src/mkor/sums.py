@@ -43,6 +43,17 @@ class PartSums(NamedTuple):
     counts: list[int]
     total: int
 
+    def of(self, layer: int) -> PartSums:
+        """One layer's, of the sums of several.
+
+        Args:
+            layer: Its place in the stack.
+
+        Returns:
+            Views.
+        """
+        return self._replace(vectors=self.vectors[layer], square=self.square[layer])
+
 
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype that sums of a tensor are kept in.

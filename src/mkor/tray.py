@@ -8,21 +8,18 @@ are even stacked: an operation takes the same few microseconds for one layer as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mkor.layers import LayerKind
-from mkor.linear import LinearKind
+from mkor.linear import SMALL
+from mkor.memo import memo
 from mkor.profiling import span
 from mkor.sums import PartSums, Pick
 
-__all__ = ["META", "SMALL", "Call", "Tray"]
-
-SMALL = 1 << 14
-"""Calls of linear layers with no more entries are stacked."""
+__all__ = ["META", "Call", "Tray"]
 
 META = 3
 """Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
@@ -129,18 +126,23 @@ class Tray:
 def _joined(found: Sequence[Any], run: Sequence[Call], place: int) -> PartSums:
     """One side's sums of several calls: vectors ``[n, k, d]``, squares ``[n]``."""
     first, kind, pick = found[0], run[0].kind, run[0].pick
-    if isinstance(first, Tensor) and isinstance(kind, LinearKind) and first.numel() <= SMALL:
-        return kind.stacked_sums(torch.stack(list(found)), pick)
-    if isinstance(first, Tensor):
+    if not isinstance(first, Tensor):
+        return _stacked(found)
+    if len(found) > 1 and kind.stacks(first, pick):
+        joined = (kind.stacked_output_sums if place else kind.stacked_input_sums)(found, pick)
+    else:
         reduce = kind.output_sums if place else kind.input_sums
-        found = [reduce(tensor, pick) for tensor in found]
-        if not place:
-            # The graph may live on, and be used again; the inputs need not.
-            for call, sums in zip(run, found, strict=True):
-                call.source.a = sums
-        first = found[0]
-    vectors = torch.stack([sums.vectors for sums in found])
-    square = torch.stack([sums.square for sums in found])
+        joined = _stacked([reduce(tensor, pick) for tensor in found])
+    if not place and first.numel() > SMALL:
+        # The graph may live on, and be used again; its inputs need not.
+        for layer, call in enumerate(run):
+            call.source.a = joined.of(layer)
+    return joined
+
+
+def _stacked(each: Sequence[PartSums]) -> PartSums:
+    first = each[0]
+    vectors, square = (torch.stack(side) for side in list(zip(*each, strict=True))[:2])
     return PartSums(vectors, square, first.counts, first.total)
 
 
@@ -169,6 +171,6 @@ def _looks(side: PartSums | Tensor | None) -> object:
     return side if side is None else (side.shape, side.dtype)
 
 
-@lru_cache(maxsize=64)
+@memo(maxsize=64)
 def _constant(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)

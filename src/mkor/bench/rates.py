@@ -34,6 +34,10 @@ RATES: Mapping[str, Mapping[str, float]] = {
         "mkor+adamw": 3e-3,
         "kfac+adamw": 0.012,
     },
+    "digits-large": {
+        "adamw": 0.012,
+        "mkor+adamw": 6e-3,
+    },
     "digits-autoencoder": {
         "sgd": 0.05,
         "adamw": 0.02,

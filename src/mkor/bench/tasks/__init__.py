@@ -11,9 +11,11 @@ from .base import Batch, Task, batches, held_out_loss, new_model
 from .digits import (
     AUTOENCODER_SIZES,
     CONV_SIZES,
+    LARGE_SIZES,
     MLP_SIZES,
     digits_autoencoder,
     digits_conv,
+    digits_large,
     digits_mlp,
 )
 from .text import SIZES as TEXT_SIZES
@@ -36,6 +38,7 @@ TASKS: Mapping[str, Recipe] = {
     "text-lm-torch-init": Recipe(partial(text_lm, embedding_std=TORCH_STD), TEXT_SIZES),
     "digits-mlp": Recipe(digits_mlp, MLP_SIZES),
     "digits-conv": Recipe(digits_conv, CONV_SIZES),
+    "digits-large": Recipe(digits_large, LARGE_SIZES),
     "digits-autoencoder": Recipe(digits_autoencoder, AUTOENCODER_SIZES, least_depth=2),
 }
 

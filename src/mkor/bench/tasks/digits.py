@@ -1,4 +1,4 @@
-"""Three tasks on the handwritten digits that come with scikit-learn."""
+"""Four tasks on the handwritten digits that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ HELD_OUT_SHARE = 5
 
 MLP_SIZES = {"width": 128, "depth": 3, "batch": 64}
 CONV_SIZES = {"width": 16, "depth": 3, "batch": 64}
+LARGE_SIDE = 32
+LARGE_SIZES = {"width": 8, "depth": 5, "batch": 64}
 AUTOENCODER_SIZES = {"width": 128, "depth": 8, "batch": 128}
 
 
@@ -78,18 +80,19 @@ def mlp(width: int, depth: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
 
 
-def conv_net(width: int, depth: int) -> nn.Module:
+def conv_net(width: int, depth: int, side: int = SIDE) -> nn.Module:
     """A classifier of 3x3 convolutions; all but the first halve the image while it lasts.
 
     Args:
         width: Channels of the first convolution; each following has twice as many, at most 4x.
         depth: Number of convolutions.
+        side: Of an image.
 
     Returns:
         The model.
     """
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, SIDE, SIDE))]
-    inputs, side = 1, SIDE
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
+    inputs = 1
     for index in range(depth):
         outputs = width * min(2**index, 4)
         stride = 2 if index and side > 2 else 1
@@ -185,6 +188,37 @@ def digits_conv(sizes: Mapping[str, int]) -> Task:
         draw=lambda generator: _random_rows(digits.train, sizes["batch"], generator),
         held_out=(digits.held_out,),
     )
+
+
+def digits_large(sizes: Mapping[str, int]) -> Task:
+    """The task `digits-large`: convolutions on the same images, enlarged.
+
+    Args:
+        sizes: Width, depth and batch.
+
+    Returns:
+        The task.
+    """
+    digits = load_digits()
+    train, held_out = (
+        (_enlarged(images), labels) for images, labels in (digits.train, digits.held_out)
+    )
+    return Task(
+        name="digits-large",
+        sizes=sizes,
+        steps=200,
+        data=f"{_about(digits)}, enlarged to {LARGE_SIDE}x{LARGE_SIDE}",
+        sha256=digits.sha256,
+        build=lambda: conv_net(sizes["width"], sizes["depth"], LARGE_SIDE),
+        loss=functional.cross_entropy,
+        draw=lambda generator: _random_rows(train, sizes["batch"], generator),
+        held_out=(held_out,),
+    )
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    small = images.view(-1, 1, SIDE, SIDE)
+    return functional.interpolate(small, size=(LARGE_SIDE,) * 2, mode="bilinear").flatten(1)
 
 
 def digits_autoencoder(sizes: Mapping[str, int]) -> Task:
