@@ -211,9 +211,7 @@ def _finish(
     if not linalg.all_hold(done):
         batch.refused[1, here] += torch.cat([part.use for part in parts]) & ~done
     ratio = _ratio(batch, here, raw, norm, done, stage.rescale)
-    sizes = [len(part.use) for part in parts]
-    for part, by in zip(parts, ratio.split(sizes), strict=True):
-        write(part.gradients, by)
+    write([part.gradients for part in parts], ratio)
 
 
 def _ratio(
@@ -252,14 +250,14 @@ def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterat
     # In one call each: many layers' rows taken one by one cost as much as their products.
     lengths = _lengths(gradients)
     rows = {key: tensor.split(lengths) for key, tensor in prepared.items()}
+    uses, oks = (mask[first:beyond].split(lengths) for mask in (use, ok))
     place = 0
     for some in gradients:
         place += some.where.start > first
         first = some.where.stop
         mine = {key: pieces[place] for key, pieces in rows.items()}
+        yield _Part(batch, some.to(batch.last.dtype), mine, uses[place], oks[place])
         place += 1
-        here = some.where
-        yield _Part(batch, some.to(batch.last.dtype), mine, use[here], ok[here])
 
 
 def _lengths(gradients: Sequence[Gradients]) -> list[int]:

@@ -70,8 +70,8 @@ def find(batch: Batch) -> Iterator[Gradients]:
             yield _copied(where, run, size, width, batch.last.dtype)
         else:
             (weight, bias) = run[0]
-            W = weight.reshape(size).unsqueeze(0)
-            b = None if bias is None else bias.reshape(width).unsqueeze(0)
+            W = _shaped(weight, size).unsqueeze(0)
+            b = None if bias is None else _shaped(bias, width).unsqueeze(0)
             targets = [weight] if bias is None else [weight, bias]
             # Wide copies are not kept: memory would double.
             alone = weight.dtype != batch.last.dtype
@@ -115,27 +115,31 @@ def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
     return torch.hypot(found, torch.stack(torch._foreach_norm(biases, 2, dtype)))
 
 
-def write(gradients: Gradients, ratio: Tensor) -> None:
+def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:
     """Multiply what was preconditioned and put it where it came from.
 
     Args:
         gradients: Of neighbouring layers.
         ratio: ``[b]``.
     """
-    if gradients.copies:
-        gradients.W.mul_(ratio.view(-1, 1, 1))
-        if gradients.b is not None:
-            gradients.b.mul_(ratio.unsqueeze(1))
-        torch._foreach_copy_(gradients.targets, gradients.copies)
-        return
-    for new, target in zip((gradients.W, gradients.b), gradients.targets, strict=False):
-        if new is None:
-            continue
-        row = _like(new[0], target)
-        if row.dtype == target.dtype:
-            torch.mul(row, ratio, out=target)
+    scaled: list[Tensor] = []
+    factors: list[Tensor] = []
+    sizes = [some.where.stop - some.where.start for some in gradients]
+    for some, by in zip(gradients, ratio.split(sizes), strict=True):
+        if some.copies:
+            some.W.mul_(by.view(-1, 1, 1))
+            if some.b is not None:
+                some.b.mul_(by.unsqueeze(1))
+            torch._foreach_copy_(some.targets, some.copies)
+        elif some.W.dtype == some.targets[0].dtype and some.targets[0].is_contiguous():
+            scaled += some.targets
+            factors += [by] * len(some.targets)
         else:
-            target.copy_(row * ratio)
+            for new, target in zip((some.W, some.b), some.targets, strict=False):
+                if new is not None:
+                    target.copy_(_like(new[0] * by, target))
+    if scaled:
+        torch._foreach_mul_(scaled, factors)
 
 
 def neighbours(parts: Iterable[Any]) -> Iterator[list[Any]]:
@@ -199,3 +203,8 @@ def _runs(
 def _like(row: Tensor, target: Tensor) -> Tensor:
     """A contiguous row shaped as a gradient; in a net of many layers, calls for nothing add up."""
     return row if row.shape == target.shape else row.view(target.shape)
+
+
+def _shaped(gradient: Tensor, size: torch.Size) -> Tensor:
+    """A gradient as a matrix or vector: a view if it is contiguous, else perhaps a copy."""
+    return gradient if gradient.shape == size else gradient.reshape(size)

@@ -58,7 +58,7 @@ def complete_window(
     """Both factors on a block, in place.
 
     Args:
-        prepared: As for :func:`project_window`, and ``usable [B]``.
+        prepared: As for :func:`project_window`, and ``usable [B]`` unless all are.
         W: ``[B, rows, columns]``.
         b: ``[B, bias]`` or None.
         projected: ``[B, n]``, summed over the blocks.
@@ -70,7 +70,9 @@ def complete_window(
     """
     # At least twice the norm of M, which no intermediate result exceeds: every |U| is at most 1.
     bound = projected[:, 0] * (2 * math.sqrt(block.shape[0] * (block.shape[1] + 1)))
-    ok = ok & prepared["usable"] & bound.isfinite() & projected.sum(1).isfinite()
+    ok = ok & bound.isfinite() & projected.sum(1).isfinite()
+    if "usable" in prepared:
+        ok = ok & prepared["usable"]
     sums = torch.where(ok.unsqueeze(1), projected[:, 1:], 0.0)
     if block.cut == "rows":
         _complete_rows(prepared, W, b, sums, ok, block)

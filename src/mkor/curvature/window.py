@@ -169,7 +169,7 @@ class Window:
             old = all_rows.index_select(0, numbers).view_as(arrived)
             arrived = torch.where(new.unsqueeze(-1), arrived, old)
         all_rows.index_copy_(0, numbers, arrived.flatten(0, 1))
-        products = arrived.to(gram.dtype) @ ring.to(gram.dtype).mT
+        products = torch.bmm(arrived.to(gram.dtype), ring.to(gram.dtype).mT)
         if scale is not None:
             products = products * scale.unsqueeze(1) * scale.gather(1, places).unsqueeze(2)
         if new is not None:
@@ -187,8 +187,8 @@ class Window:
             shape: Of the batch of layers.
 
         Returns:
-            ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and
-            ``usable [B]``: whether they are finite; where not, they are 0.
+            ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and unless
+            all are known to be finite ``usable [B]``: whether they are; where not, they are 0.
         """
         sides, B = shape.sides, len(state["updates"])
         # Both sides' r x r problems are solved as one batch.
@@ -202,13 +202,14 @@ class Window:
         U = {side: self._whitened(state, side, *roots[side]) for side in sides}
         sums = torch.stack([U[side].sum((1, 2)) for side in sides])
         usable = sums.sum(0).abs() < math.inf
-        # A damaged window must not reach the gradient; 0 times NaN would.
-        prepared = {side: linalg.where(usable, U[side], 0.0) for side in sides}
         if shape.bias and "right" in sides:
             ones = torch.ones_like(s[:B].unsqueeze(-1))
-            u = linalg.whitened(*roots["right"], ones).squeeze(-1)
-            prepared["bias"] = linalg.where(usable, u, 0.0)
-        return {**prepared, "usable": usable}
+            U["bias"] = linalg.whitened(*roots["right"], ones).squeeze(-1)
+        if linalg.all_hold(usable):
+            return U
+        # A damaged window must not reach the gradient; 0 times NaN would.
+        U = {key: linalg.where(usable, rows, 0.0) for key, rows in U.items()}
+        return {**U, "usable": usable}
 
     def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
         """``(I - U_L^T U_L) [W b] (I - U_R^T U_R)``, in place.
@@ -223,7 +224,8 @@ class Window:
             ``ok`` less the layers whose window is not finite.
         """
         # Every |U| is at most 1: of finite norms come finite products.
-        ok = ok & prepared["usable"]
+        if "usable" in prepared:
+            ok = ok & prepared["usable"]
         only = None if linalg.all_hold(ok) else ok
         if "left" in prepared:
             linalg.subtract_left(prepared["left"], W, b, only)

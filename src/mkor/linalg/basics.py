@@ -59,7 +59,7 @@ def times(A: Tensor, x: Tensor) -> Tensor:
     Returns:
         ``[B, m]``.
     """
-    return (x.unsqueeze(1) @ A.mT).squeeze(1)
+    return torch.bmm(x.unsqueeze(1), A.mT).squeeze(1)
 
 
 def momentum_average(average: Tensor, new: Tensor, momentum: float) -> Tensor:

@@ -63,7 +63,7 @@ def whitened(K: Tensor, s: Tensor, V: Tensor) -> Tensor:
         return U
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     inverse: Tensor = torch.linalg.solve_triangular(K.mT, eye, upper=True, left=False).mT
-    return (inverse * s.unsqueeze(-2)) @ V
+    return torch.bmm(inverse * s.unsqueeze(-2), V)
 
 
 def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, only: Tensor | None) -> None:
@@ -77,9 +77,11 @@ def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, only: Tensor | None) -
         b: ``[B, d_out]``, or None for a layer without bias.
         only: ``[B]`` bool; other layers stay as they are. None for all.
     """
-    W.baddbmm_(U.mT, _masked(U @ W, only), alpha=-1)
+    columns = U.mT
+    W.baddbmm_(columns, _masked(torch.bmm(U, W), only), alpha=-1)
     if b is not None:
-        b.unsqueeze(1).baddbmm_(_masked(times(U, b), only).unsqueeze(1), U, alpha=-1)
+        row = b.unsqueeze(1)
+        row.baddbmm_(_masked(torch.bmm(row, columns), only), U, alpha=-1)
 
 
 def subtract_right(
@@ -97,13 +99,14 @@ def subtract_right(
         b: ``[B, d_out]``, or None for a layer without bias, or whose bias has no gradient.
         only: ``[B]`` bool; other layers stay as they are. None for all.
     """
-    Y = W @ U.mT
+    Y = torch.bmm(W, U.mT)
     if u is None or b is None:
         W.baddbmm_(_masked(Y, only), U, alpha=-1)
         return
-    Y = _masked(Y.addcmul_(b.unsqueeze(-1), u.unsqueeze(-2)), only)
+    u = u.unsqueeze(1)
+    Y = _masked(Y.addcmul_(b.unsqueeze(2), u), only)
     W.baddbmm_(Y, U, alpha=-1)
-    b.unsqueeze(1).baddbmm_(u.unsqueeze(1), Y.mT, alpha=-1)
+    b.unsqueeze(1).baddbmm_(u, Y.mT, alpha=-1)
 
 
 def _masked(x: Tensor, only: Tensor | None) -> Tensor:
@@ -121,7 +124,7 @@ def left_products(U: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tenso
     Returns:
         ``[B, r, columns]`` and ``[B, r]``.
     """
-    return U @ W, None if b is None else times(U, b)
+    return torch.bmm(U, W), None if b is None else times(U, b)
 
 
 def right_products(U: Tensor, W: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ def right_products(U: Tensor, W: Tensor) -> Tensor:
     Returns:
         ``[B, rows, r]``.
     """
-    return W @ U.mT
+    return torch.bmm(W, U.mT)
 
 
 def remove_left(U: Tensor, X: Tensor, x: Tensor | None, W: Tensor, b: Tensor | None) -> None:
