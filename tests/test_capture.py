@@ -437,8 +437,8 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 )
 def test_chosen_lines(sizes, rows, lines):
     """Of a large image a chunk takes as many lines as hold ``4 m`` positions, all in turn."""
-    n, visited = 7, set()
-    for groups in line_groups(n, sizes, 3, rows, steps=3 * sizes[0]):
+    n, visited, steps = 7, set(), 3 * sizes[0]
+    for groups in line_groups(n, sizes, 3, rows, steps):
         assert len(groups) == 3
         starts = set()
         for group in groups:
@@ -447,8 +447,46 @@ def test_chosen_lines(sizes, rows, lines):
             assert [line for _, line in group] == list(range(group[0][1], group[0][1] + lines))
         assert len(starts) == 1
         visited.update(place for group in groups for place in group)
-    assert {image for image, _ in visited} == set(range(n))
-    assert {line for _, line in visited} == set(range(sizes[0]))
+    assert visited == set(itertools.product(range(n), range(sizes[0])))
+
+
+def test_lines_of_neighbouring_updates_lie_far_apart():
+    """A window holds a few updates; they should show it more than one height of the images."""
+    starts = [groups[0][0][1] for groups in line_groups(4, (24, 4), 2, 1, steps=24)]
+    assert sorted(starts) == list(range(24))
+    for few in zip(*(starts[i:] for i in range(4)), strict=False):
+        assert max(few) - min(few) >= 12
+
+
+def test_every_image_meets_every_line():
+    """Though both turns, of four images and of eight lines, share a factor."""
+    visited = set()
+    for groups in line_groups(8, (8, 4), 2, 1, steps=32):
+        visited.update(place for group in groups for place in group)
+    assert visited == set(itertools.product(range(8), range(8)))
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads in its own way, which its attributes do not tell."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 2, 1, 2)))
+
+
+@pytest.mark.parametrize("size", [3, 26])
+def test_convolutions_that_pad_themselves_keep_their_gradients(size):
+    """Which rows made which output is not known; also where no patch would fit the image."""
+    model = nn.Sequential(Padded(2, 3, 5, dtype=F64), nn.Flatten(), nn.LazyLinear(2, dtype=F64))
+    x = torch.randn(6, 2, size, size, dtype=F64)
+    model(x)
+    optimizer = wrapped(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        before = model[0].weight.grad.clone()
+        optimizer.step()
+        assert torch.equal(model[0].weight.grad, before)
+    assert optimizer.state[model[2].weight]["mkor_updates"] == 3
 
 
 LINED = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mkor.geometry import Geometry, Lines, crop
+from mkor.memo import memo
 from mkor.patches import patch_maps
 from mkor.rows import Chunks, place, sum_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
@@ -23,8 +25,27 @@ SLAB = 1 << 22
 OVERLAP = 4
 """Neighbouring patches that count as one row, because they are nearly the same."""
 
-SMALL = 1 << 16
-"""Calls that use no more entries are stacked."""
+GOLDEN = 0.618
+"""Share of an image's height from the lines of one update to those of the next."""
+
+SMALL = 1 << 18
+"""Calls whose output's used positions, or a line of them, have no more entries are stacked."""
+
+
+class _Choice(NamedTuple):
+    """What of a call is used.
+
+    Attributes:
+        lines: Of the output; None for all.
+        images: None for all, in nearly equal parts.
+        counts: Images in each part.
+        pick: Moves the images.
+    """
+
+    lines: Lines | None
+    images: Chunks | None
+    counts: list[int]
+    pick: Pick
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class ConvKind:
     geometry: Geometry
 
     def fits(self, x: Tensor, output: Tensor) -> bool:
-        """Whether images became images with ``d_out`` channels; see :class:`LayerKind`.
+        """Whether images became what the geometry makes of them; see :class:`LayerKind`.
 
         Args:
             x: Input of a call.
@@ -52,15 +73,16 @@ class ConvKind:
         axes = self._axes
         if x.is_nested or x.dim() not in (axes + 1, axes + 2) or x.dim() != output.dim():
             return False
-        return output.shape[-axes - 1] == self.d_out
+        sizes = self.geometry.outputs(x.shape[-axes:])
+        return output.shape[-axes - 1 :] == (self.d_out, *sizes)
 
     def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
         """Sums of ``a``; see :class:`LayerKind`.
 
         Args:
             x: ``[n, channels, *spatial]``, or one image without the first dimension.
-            pick: Which rows are used; a chunk is a few lines of one image, the same lines in all
-                chunks, or whole images where these are small.
+            pick: Which rows are used; a chunk is a few lines of one image, at least one and the
+                same in all chunks, or whole images where these are small.
 
         Returns:
             Vectors ``[k, channels * kernel positions]``, ordered like the flattened weight.
@@ -91,7 +113,8 @@ class ConvKind:
         """
         if pick.rows is None or self.geometry.mode != "zeros":
             return False
-        return pick.vectors * pick.rows * x.shape[-self._axes - 1] <= SMALL
+        positions = max(OVERLAP * pick.rows, math.prod(x.shape[1 - self._axes :]))
+        return pick.vectors * positions * x.shape[-self._axes - 1] <= SMALL
 
     def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of several layers' inputs; see :class:`LayerKind`.
@@ -163,15 +186,14 @@ class ConvKind:
         images = [self._batched(x) for x in xs]
         first = images[0]
         outputs = self.geometry.outputs(first.shape[2:])
-        lines, size = self._chosen(outputs, pick)
-        geometry = self.geometry
-        if lines is not None:
-            cropped = [crop(x, geometry, lines) for x in images]
+        choice, geometry = self._chosen(len(first), outputs, pick), self.geometry
+        if choice.lines is not None:
+            cropped = [crop(x, geometry, choice.lines) for x in images]
             images, geometry = [x for x, _ in cropped], cropped[0][1]
         maps = patch_maps(images[0].shape[2:], geometry, accumulator(first), first.device)
-        runs, counts = _runs(images, pick, size, dim)
+        runs = _runs(images, choice, dim)
         sums = sum_parts(runs, lambda run: _image_sums(run, dim), pick.vectors, dim)
-        counts = [n * maps.positions for n in counts]
+        counts = [n * maps.positions for n in choice.counts]
         return PartSums(
             maps.sums(sums), maps.squares(runs, dim), counts, len(first) * math.prod(outputs)
         )
@@ -179,36 +201,49 @@ class ConvKind:
     def _output_sums(self, gs: Sequence[Tensor], pick: Pick, dim: int) -> PartSums:
         images = [self._batched(g) for g in gs]
         total = images[0].numel() // self.d_out
-        lines, size = self._chosen(images[0].shape[2:], pick)
-        if lines is not None:
-            images = [lines.of(g) for g in images]
+        sizes = images[0].shape
+        choice = self._chosen(sizes[0], sizes[2:], pick)
+        if choice.lines is not None:
+            images = [choice.lines.of(g) for g in images]
         first = images[0]
-        runs, counts = _runs(images, pick, size, dim)
+        runs = _runs(images, choice, dim)
         over = (dim + 1, *range(dim + 3, dim + first.dim() + 1))
         dtype = accumulator(first)
         vectors = sum_parts(runs, lambda run: run.sum(over, dtype=dtype), pick.vectors, dim)
-        counts = [n * math.prod(first.shape[2:]) for n in counts]
+        counts = [n * math.prod(first.shape[2:]) for n in choice.counts]
         return PartSums(vectors, squares(runs, dim), counts, total)
 
-    def _chosen(self, outputs: Sequence[int], pick: Pick) -> tuple[Lines | None, int | None]:
-        """Lines of the output that are used, None for all, and images of a chunk, None likewise."""
-        if pick.rows is None:
-            return None, None
+    def _chosen(self, samples: int, outputs: Sequence[int], pick: Pick) -> _Choice:
         positions, line = math.prod(outputs), math.prod(outputs[1:])
+        size = None if pick.rows is None else max(1, round(pick.rows / max(1, positions)))
+        images, counts = place(samples, pick.vectors, size)
+        if pick.rows is None or self.geometry.mode != "zeros":
+            return _Choice(None, images, counts, pick)
         lines = max(1, round(OVERLAP * pick.rows / max(1, line)))
-        if lines >= outputs[0] or self.geometry.mode != "zeros":
-            return None, max(1, round(pick.rows / max(1, positions)))
+        if lines >= outputs[0]:
+            return _Choice(None, images, counts, pick)
         chunks = Chunks(1, lines, outputs[0], outputs[0] - lines)
-        return Lines(chunks.offset(pick.update), lines), 1
+        start = chunks.offset(pick.update * _step(chunks.turn))
+        if images is not None:
+            # Else, where both turns share a factor, the same images would meet the same lines.
+            late = pick.update // math.lcm(chunks.turn, images.turn)
+            pick = replace(pick, update=pick.update + late)
+        return _Choice(Lines(start, lines), images, counts, pick)
 
 
-def _runs(
-    images: Sequence[Tensor], pick: Pick, size: int | None, dim: int
-) -> tuple[list[Tensor], list[int]]:
-    """The chosen images, those of several layers stacked, and how many are in each part."""
-    chunks, counts = place(len(images[0]), pick.vectors, size)
-    each = [choose(x, pick, chunks) for x in images]
-    return [torch.stack(run) for run in zip(*each, strict=True)] if dim else each[0], counts
+@memo(maxsize=64)
+def _step(turn: int) -> int:
+    """A step through a turn that visits all of it, and soon the most distant parts."""
+    step = max(1, round(GOLDEN * turn))
+    while math.gcd(step, turn) > 1:
+        step += 1
+    return step
+
+
+def _runs(images: Sequence[Tensor], choice: _Choice, dim: int) -> list[Tensor]:
+    """The chosen images; those of several layers stacked."""
+    each = [choose(x, choice.pick, choice.images) for x in images]
+    return [torch.stack(run) for run in zip(*each, strict=True)] if dim else each[0]
 
 
 def _image_sums(run: Tensor, dim: int) -> Tensor:

@@ -33,6 +33,11 @@ class Chunks(NamedTuple):
     stride: int
     slack: int
 
+    @property
+    def turn(self) -> int:
+        """Updates in which every sample is visited."""
+        return -(-self.slack // self.size) + 1
+
     def offset(self, update: int | Tensor) -> int | Tensor:
         """Where the first chunk starts in a given update.
 
@@ -43,8 +48,7 @@ class Chunks(NamedTuple):
             Offsets step through the samples in strides of one chunk, so that a full turn visits
             every sample.
         """
-        turn = -(-self.slack // self.size) + 1
-        start = (update % turn) * self.size
+        start = (update % self.turn) * self.size
         return start.clamp(max=self.slack) if isinstance(start, Tensor) else min(start, self.slack)
 
     def indices(self, update: int | Tensor, device: torch.device) -> Tensor:
