@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from mkor.bench.compare import checked_contestants
+from mkor.bench.compare import checked_contestants, prepare_folder
 from mkor.bench.contestants import Contestant
 from mkor.bench.curves import COLOURS
 from mkor.bench.files import FORMAT, plain
@@ -362,7 +362,7 @@ def main() -> None:
     add("--rates", default=RATES, help=f"Mbit/s of each link ({RATES})")
     add("--rounds", type=int, default=10, help="timed iterations of each (10)")
     add("--model", action="store_true", help="compute delays instead of shaping links")
-    add("--out", type=Path, help="a folder for slow-network.json and slow-network.png")
+    add("--out", help="a folder for slow-network.json and slow-network.png")
     for name in ("--rank", "--port"):
         add(name, type=int, help=argparse.SUPPRESS)
     for name in ("--address", "--interface"):
@@ -370,6 +370,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rank is not None:
         work(arguments)
+    out = prepare_folder(arguments.out)
     # Else whoever ends this script would leave the namespaces behind.
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -382,10 +383,10 @@ def main() -> None:
         "environment": environment(),
         **measure(arguments),
     }
-    if arguments.out:
+    if out is not None:
         text = json.dumps(plain(record), indent=1) + "\n"
-        (arguments.out / "slow-network.json").write_text(text, encoding="utf-8")
-        draw(record, arguments.out / "slow-network.png")
+        (out / "slow-network.json").write_text(text, encoding="utf-8")
+        draw(record, out / "slow-network.png")
 
 
 if __name__ == "__main__":
