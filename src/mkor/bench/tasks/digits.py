@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -154,17 +154,7 @@ def digits_mlp(sizes: Mapping[str, int]) -> Task:
         The task.
     """
     digits = load_digits()
-    return Task(
-        name="digits-mlp",
-        sizes=sizes,
-        steps=300,
-        data=_about(digits),
-        sha256=digits.sha256,
-        build=lambda: mlp(sizes["width"], sizes["depth"]),
-        loss=functional.cross_entropy,
-        draw=lambda generator: _random_rows(digits.train, sizes["batch"], generator),
-        held_out=(digits.held_out,),
-    )
+    return _classification("digits-mlp", sizes, digits, lambda: mlp(sizes["width"], sizes["depth"]))
 
 
 def digits_conv(sizes: Mapping[str, int]) -> Task:
@@ -177,16 +167,8 @@ def digits_conv(sizes: Mapping[str, int]) -> Task:
         The task.
     """
     digits = load_digits()
-    return Task(
-        name="digits-conv",
-        sizes=sizes,
-        steps=300,
-        data=_about(digits),
-        sha256=digits.sha256,
-        build=lambda: conv_net(sizes["width"], sizes["depth"]),
-        loss=functional.cross_entropy,
-        draw=lambda generator: _random_rows(digits.train, sizes["batch"], generator),
-        held_out=(digits.held_out,),
+    return _classification(
+        "digits-conv", sizes, digits, lambda: conv_net(sizes["width"], sizes["depth"])
     )
 
 
@@ -200,19 +182,29 @@ def digits_large(sizes: Mapping[str, int]) -> Task:
         The task.
     """
     digits = load_digits()
-    train, held_out = (
-        (_enlarged(images), labels) for images, labels in (digits.train, digits.held_out)
+    (train, labels), (held_out, answers) = digits.train, digits.held_out
+    large = replace(
+        digits, train=(_enlarged(train), labels), held_out=(_enlarged(held_out), answers)
     )
+    task = _classification(
+        "digits-large", sizes, large, lambda: conv_net(sizes["width"], sizes["depth"], LARGE_SIDE)
+    )
+    return replace(task, steps=200, data=f"{task.data}, enlarged to {LARGE_SIDE}x{LARGE_SIDE}")
+
+
+def _classification(
+    name: str, sizes: Mapping[str, int], digits: Digits, build: Callable[[], nn.Module]
+) -> Task:
     return Task(
-        name="digits-large",
+        name=name,
         sizes=sizes,
-        steps=200,
-        data=f"{_about(digits)}, enlarged to {LARGE_SIDE}x{LARGE_SIDE}",
+        steps=300,
+        data=_about(digits),
         sha256=digits.sha256,
-        build=lambda: conv_net(sizes["width"], sizes["depth"], LARGE_SIDE),
+        build=build,
         loss=functional.cross_entropy,
-        draw=lambda generator: _random_rows(train, sizes["batch"], generator),
-        held_out=(held_out,),
+        draw=lambda generator: _random_rows(digits.train, sizes["batch"], generator),
+        held_out=(digits.held_out,),
     )
 
 
