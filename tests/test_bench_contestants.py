@@ -115,7 +115,6 @@ def test_every_row_of_the_tables_trains(base: str, wrapper: str | None) -> None:
     check_names(contestant)
     optimizer = build(contestant, net, 1e-3, 0.01)
     if wrapper:
-        assert isinstance(optimizer, mkor.Preconditioned)
         assert any(row.preconditioned for row in optimizer.coverage())
     before = [weight.detach().clone() for weight in net.parameters()]
     for _ in range(3):
@@ -135,19 +134,17 @@ def test_options_reach_the_optimizer() -> None:
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
-def made(text: str) -> mkor.Preconditioned:
+def made(text: str) -> Any:
     contestant = parse_contestant(text)
     check_names(contestant)
-    optimizer = build(contestant, model(), 1e-3, 0.01)
-    assert isinstance(optimizer, mkor.Preconditioned)
-    return optimizer
+    return build(contestant, model(), 1e-3, 0.01)
 
 
 @pytest.mark.parametrize("text", ["dense-mkor[release]+sgd", "Dense-MKOR[rule=release]+sgd"])
 def test_a_bare_word_is_the_rule(text: str) -> None:
     assert parse_contestant(text).wrapper == Part("dense-mkor", {"rule": "release"})
     optimizer = made(text)
-    assert isinstance(optimizer, mkor.DenseMKOR)
+    assert type(optimizer) is mkor.DenseMKOR
     assert optimizer.curvature.rule == "release"
 
 
@@ -159,12 +156,12 @@ def test_a_bare_word_stands_beside_other_options() -> None:
 
 def test_options_of_kfac_and_eva_reach_them() -> None:
     kfac = made("kfac[update_every=2,inverse_every=6,pi_correction=true]+adamw")
-    assert isinstance(kfac, mkor.KFAC)
+    assert type(kfac) is mkor.KFAC
     assert kfac.update_every == 2
     assert kfac.curvature.inverse_every == 3
     assert kfac.curvature.pi_correction is True
     eva = made("eva[damping=0.5]+lamb")
-    assert isinstance(eva, mkor.Eva)
+    assert type(eva) is mkor.Eva
     assert eva.curvature.damping == 0.5
 
 

@@ -252,7 +252,7 @@ def test_progress_without_a_terminal_is_plain(race: Race, monkeypatch: pytest.Mo
     monkeypatch.setattr("mkor.bench.progress.LINE_SECONDS", 0.0)
     stream = io.StringIO()
     progress = make_progress(stream, quiet=False)
-    assert isinstance(progress, PlainProgress)
+    assert type(progress) is PlainProgress
     with progress:
         run_race(replace(race.settings, tune=1, match=False), progress)
     text = stream.getvalue()
@@ -272,7 +272,7 @@ def test_progress_on_a_terminal_has_bars_losses_and_the_time_left(
     monkeypatch.setattr("mkor.bench.progress.REFRESH_SECONDS", 0.0)
     stream = Terminal()
     progress = make_progress(stream, quiet=False)
-    assert isinstance(progress, LiveProgress)
+    assert type(progress) is LiveProgress
     with progress:
         run_race(replace(race.settings, tune=1, match=False, seeds=1), progress)
     text = stream.getvalue()

@@ -385,36 +385,38 @@ def test_no_capture(row):
     assert same(weights(model), weights(other))
 
 
-def test_zero_grad_drops_captures(row):
-    """What was captured before ``zero_grad`` never reaches the factors."""
+def in_step(row, prepare):
+    """Steps of two optimizers, one prepared by ``prepare(model, optimizer, i)``: the same."""
     model, other = seeded(), seeded()
     a, b = row.make(model), row.make(other)
     for i in range(3):
-        backward(model, 90 + i)
-        a.zero_grad()
-        backward(model, i)
-        a.step()
+        prepare(model, a, i)
         b.zero_grad()
-        backward(other, i)
-        b.step()
+        for net, optimizer in ((model, a), (other, b)):
+            backward(net, i)
+            optimizer.step()
     assert same(weights(model), weights(other))
     assert same(factors(a), factors(b))
+
+
+def test_zero_grad_drops_captures(row):
+    """What was captured before ``zero_grad`` never reaches the factors."""
+
+    def pass_in_vain(model, optimizer, i):
+        backward(model, 90 + i)
+        optimizer.zero_grad()
+
+    in_step(row, pass_in_vain)
 
 
 @pytest.mark.parametrize("clears", ["model", "base"])
 def test_gradients_cleared_without_zero_grad(row, clears):
     """The model's ``zero_grad`` or the base's serve as well: a step drops what it has used."""
-    model, other = seeded(), seeded()
-    a, b = row.make(model), row.make(other)
-    for i in range(3):
-        (model if clears == "model" else a.base).zero_grad()
-        backward(model, i)
-        a.step()
-        b.zero_grad()
-        backward(other, i)
-        b.step()
-    assert same(weights(model), weights(other))
-    assert same(factors(a), factors(b))
+
+    def clear(model, optimizer, _):
+        (model if clears == "model" else optimizer.base).zero_grad()
+
+    in_step(row, clear)
 
 
 def test_zero_grad_keeps_its_argument(row):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import costs
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -16,18 +17,14 @@ from mkor.bench.contestants import parse_contestant
 from mkor.bench.optimizers import base_defaults, check_names
 from mkor.bench.overhead_models import MODELS, model_subject
 from mkor.bench.worker import Worker
-from scripts import FOLDER, load
 
-FILE = FOLDER / "costs.py"
+FILE = Path(costs.__file__)
 STEPS = (-0.03, 0.02, 0.0, 0.03, -0.02)
 """By how much the rounds of hand-made files differ, in their order; quartiles are the second."""
 LOW, HIGH = -0.02, 0.02
 
 Record = dict[str, Any]
 Ratio = float | tuple[float, float]
-
-
-costs = load("costs")
 
 
 # ------------------------------------------------------------------------------ hand-made files

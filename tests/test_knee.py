@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import knee
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -21,9 +22,8 @@ from mkor.bench.race import Race, Settings, Tuning
 from mkor.bench.runner import run_race
 from mkor.bench.tasks import load_task
 from mkor.bench.training import Point, Run, Trial
-from scripts import FOLDER, load
 
-FILE = FOLDER / "knee.py"
+FILE = Path(knee.__file__)
 STEPS, SEEDS = 5, 2
 SMALL = {"width": 16, "depth": 2, "batch": 64}
 SIZES = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
@@ -31,9 +31,6 @@ RUN = ["digits-mlp", "--steps", str(STEPS), "--seeds", str(SEEDS), *SIZES, "--qu
 KNOBS = ["--knob", "rank=4", "--knob", "rows=none,2"]
 
 Record = dict[str, Any]
-
-
-knee = load("knee")
 
 
 @pytest.fixture(scope="module", name="made")

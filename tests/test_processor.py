@@ -2,11 +2,8 @@
 
 import json
 
+import processor
 import pytest
-
-from scripts import load
-
-processor = load("processor")
 
 
 def test_tiny_run(tmp_path):

@@ -76,30 +76,60 @@ class ConvKind:
         sizes = self.geometry.outputs(x.shape[-axes:])
         return output.shape[-axes - 1 :] == (self.d_out, *sizes)
 
-    def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
+    def input_sums(self, x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of ``a``; see :class:`LayerKind`.
 
         Args:
-            x: ``[n, channels, *spatial]``, or one image without the first dimension.
+            x: ``[n, channels, *spatial]``, or one image without the first dimension; or those of
+                several layers.
             pick: Which rows are used; a chunk is a few lines of one image, at least one and the
                 same in all chunks, or whole images where these are small.
 
         Returns:
-            Vectors ``[k, channels * kernel positions]``, ordered like the flattened weight.
+            Vectors ``[k, channels * kernel positions]``, ordered like the flattened weight; of
+            several layers ``[B, k, ...]``.
         """
-        return self._input_sums([x], pick, dim=0)
+        xs, dim = _listed(x)
+        images = [self._batched(x) for x in xs]
+        first = images[0]
+        outputs = self.geometry.outputs(first.shape[2:])
+        choice, geometry = self._chosen(len(first), outputs, pick), self.geometry
+        if choice.lines is not None:
+            cropped = [crop(x, geometry, choice.lines) for x in images]
+            images, geometry = [x for x, _ in cropped], cropped[0][1]
+        maps = patch_maps(images[0].shape[2:], geometry, accumulator(first), first.device)
+        runs = _runs(images, choice, dim)
+        sums = sum_parts(runs, lambda run: _image_sums(run, dim), pick.vectors, dim)
+        counts = [n * maps.positions for n in choice.counts]
+        return PartSums(
+            maps.sums(sums), maps.squares(runs, dim), counts, len(first) * math.prod(outputs)
+        )
 
-    def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
+    def output_sums(self, g: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of raw ``g`` over the same positions; see :class:`LayerKind`.
 
         Args:
-            g: ``[n, d_out, *output positions]``, or one image without the first dimension.
+            g: ``[n, d_out, *output positions]``, or one image without the first dimension; or those
+                of several layers.
             pick: Which rows are used.
 
         Returns:
-            Vectors ``[k, d_out]``.
+            Vectors ``[k, d_out]``; of several layers ``[B, k, d_out]``.
         """
-        return self._output_sums([g], pick, dim=0)
+        gs, dim = _listed(g)
+        images = [self._batched(g) for g in gs]
+        total = images[0].numel() // self.d_out
+        sizes = images[0].shape
+        choice = self._chosen(sizes[0], sizes[2:], pick)
+        if choice.lines is not None:
+            images = [choice.lines.of(g) for g in images]
+        first = images[0]
+        runs = _runs(images, choice, dim)
+        over = (dim + 1, *range(dim + 3, dim + first.dim() + 1))
+        dtype = accumulator(first)
+        vectors = sum_parts(runs, lambda run: run.sum(over, dtype=dtype), pick.vectors, dim)
+        counts = [n * math.prod(first.shape[2:]) for n in choice.counts]
+        return PartSums(vectors, squares(runs, dim), counts, total)
 
     def stacks(self, x: Tensor, pick: Pick) -> bool:
         """Whether calls like this are summed together; see :class:`LayerKind`.
@@ -115,30 +145,6 @@ class ConvKind:
             return False
         positions = max(OVERLAP * pick.rows, math.prod(x.shape[1 - self._axes :]))
         return pick.vectors * positions * x.shape[-self._axes - 1] <= SMALL
-
-    def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
-        """Sums of several layers' inputs; see :class:`LayerKind`.
-
-        Args:
-            xs: Shaped alike.
-            pick: Which rows are used.
-
-        Returns:
-            Vectors ``[B, k, channels * kernel positions]`` and squares ``[B]``.
-        """
-        return self._input_sums(xs, pick, dim=1)
-
-    def stacked_output_sums(self, gs: Sequence[Tensor], pick: Pick) -> PartSums:
-        """Sums of several layers' output gradients; see :class:`LayerKind`.
-
-        Args:
-            gs: Shaped alike.
-            pick: Which rows are used.
-
-        Returns:
-            Vectors ``[B, k, d_out]`` and squares ``[B]``.
-        """
-        return self._output_sums(gs, pick, dim=1)
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All patches, a few images at a time; see :class:`LayerKind`.
@@ -182,37 +188,6 @@ class ConvKind:
     def _batched(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.dim() == self._axes + 1 else x
 
-    def _input_sums(self, xs: Sequence[Tensor], pick: Pick, dim: int) -> PartSums:
-        images = [self._batched(x) for x in xs]
-        first = images[0]
-        outputs = self.geometry.outputs(first.shape[2:])
-        choice, geometry = self._chosen(len(first), outputs, pick), self.geometry
-        if choice.lines is not None:
-            cropped = [crop(x, geometry, choice.lines) for x in images]
-            images, geometry = [x for x, _ in cropped], cropped[0][1]
-        maps = patch_maps(images[0].shape[2:], geometry, accumulator(first), first.device)
-        runs = _runs(images, choice, dim)
-        sums = sum_parts(runs, lambda run: _image_sums(run, dim), pick.vectors, dim)
-        counts = [n * maps.positions for n in choice.counts]
-        return PartSums(
-            maps.sums(sums), maps.squares(runs, dim), counts, len(first) * math.prod(outputs)
-        )
-
-    def _output_sums(self, gs: Sequence[Tensor], pick: Pick, dim: int) -> PartSums:
-        images = [self._batched(g) for g in gs]
-        total = images[0].numel() // self.d_out
-        sizes = images[0].shape
-        choice = self._chosen(sizes[0], sizes[2:], pick)
-        if choice.lines is not None:
-            images = [choice.lines.of(g) for g in images]
-        first = images[0]
-        runs = _runs(images, choice, dim)
-        over = (dim + 1, *range(dim + 3, dim + first.dim() + 1))
-        dtype = accumulator(first)
-        vectors = sum_parts(runs, lambda run: run.sum(over, dtype=dtype), pick.vectors, dim)
-        counts = [n * math.prod(first.shape[2:]) for n in choice.counts]
-        return PartSums(vectors, squares(runs, dim), counts, total)
-
     def _chosen(self, samples: int, outputs: Sequence[int], pick: Pick) -> _Choice:
         positions, line = math.prod(outputs), math.prod(outputs[1:])
         size = None if pick.rows is None else max(1, round(pick.rows / max(1, positions)))
@@ -238,6 +213,11 @@ def _step(turn: int) -> int:
     while math.gcd(step, turn) > 1:
         step += 1
     return step
+
+
+def _listed(x: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    """Calls, and how many dimensions of their results count them."""
+    return ([x], 0) if isinstance(x, Tensor) else (x, 1)
 
 
 def _runs(images: Sequence[Tensor], choice: _Choice, dim: int) -> list[Tensor]:

@@ -37,20 +37,17 @@ class LayerKind(Protocol):
     def fits(self, x: Tensor, output: Tensor) -> bool:
         """Whether input and output of a call are this layer's; a subclass may reshape them."""
 
-    def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
-        """Sums of ``a`` over the parts that ``pick`` chooses from the layer's input."""
+    def input_sums(self, x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
+        """Sums of ``a`` over the parts that ``pick`` chooses from the layer's input.
 
-    def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
+        Of several layers' inputs, shaped alike, vectors are ``[B, k, d]`` and squares ``[B]``.
+        """
+
+    def output_sums(self, g: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of raw ``g`` over the same parts, from the gradient of the layer's output."""
 
     def stacks(self, x: Tensor, pick: Pick) -> bool:
         """Whether calls with inputs or output gradients like ``x`` are summed faster together."""
-
-    def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
-        """Sums of ``a`` for calls of several layers: vectors ``[B, k, d]`` and squares ``[B]``."""
-
-    def stacked_output_sums(self, gs: Sequence[Tensor], pick: Pick) -> PartSums:
-        """Sums of raw ``g`` likewise."""
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All rows of ``a``, as slabs ``[n, d_in]``."""

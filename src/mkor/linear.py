@@ -40,27 +40,27 @@ class LinearKind:
             return False
         return x.shape[-1] == self.d_in and output.shape == (*x.shape[:-1], self.d_out)
 
-    def input_sums(self, x: Tensor, pick: Pick) -> PartSums:
+    def input_sums(self, x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of ``a``; see :class:`LayerKind`.
 
         Args:
-            x: ``[*, d_in]``; one dimension is a single row.
+            x: ``[*, d_in]``, where one dimension is a single row; or those of several layers.
             pick: Which rows are used.
 
         Returns:
-            Vectors ``[k, d_in]``.
+            Vectors ``[k, d_in]``; of several layers ``[B, k, d_in]``.
         """
         return _sums(x, pick)
 
-    def output_sums(self, g: Tensor, pick: Pick) -> PartSums:
+    def output_sums(self, g: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of raw ``g``; see :class:`LayerKind`.
 
         Args:
-            g: ``[*, d_out]``.
+            g: ``[*, d_out]``, or those of several layers.
             pick: Which rows are used.
 
         Returns:
-            Vectors ``[k, d_out]``.
+            Vectors ``[k, d_out]``; of several layers ``[B, k, d_out]``.
         """
         return _sums(g, pick)
 
@@ -75,30 +75,6 @@ class LinearKind:
             Whether it is small.
         """
         return x.numel() <= SMALL
-
-    def stacked_input_sums(self, xs: Sequence[Tensor], pick: Pick) -> PartSums:
-        """Sums of several layers' inputs; see :class:`LayerKind`.
-
-        Args:
-            xs: ``[*, d_in]`` each, shaped alike.
-            pick: Which rows are used.
-
-        Returns:
-            Vectors ``[B, k, d_in]`` and squares ``[B]``.
-        """
-        return _sums(torch.stack(list(xs)), pick, dim=1)
-
-    def stacked_output_sums(self, gs: Sequence[Tensor], pick: Pick) -> PartSums:
-        """Sums of several layers' output gradients; see :class:`LayerKind`.
-
-        Args:
-            gs: ``[*, d_out]`` each, shaped alike.
-            pick: Which rows are used.
-
-        Returns:
-            Vectors ``[B, k, d_out]`` and squares ``[B]``.
-        """
-        return _sums(torch.stack(list(gs)), pick, dim=1)
 
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """All rows; see :class:`LayerKind`.
@@ -123,8 +99,11 @@ class LinearKind:
         yield g.reshape(-1, self.d_out)
 
 
-def _sums(x: Tensor, pick: Pick, dim: int = 0) -> PartSums:
-    """Sums over rows ``[*, d]``, with ``dim=1`` over those of several layers ``[B, *, d]``."""
+def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
+    """Sums over rows ``[*, d]``, or over those of several layers."""
+    dim = 0
+    if not isinstance(x, Tensor):
+        x, dim = torch.stack(list(x)), 1
     x = x.unsqueeze(dim) if x.dim() == dim + 1 else x
     samples, total = x.shape[dim], math.prod(x.shape[dim:-1])
     if pick.rows is None:

@@ -128,10 +128,10 @@ def _joined(found: Sequence[Any], run: Sequence[Call], place: int) -> PartSums:
     first, kind, pick = found[0], run[0].kind, run[0].pick
     if not isinstance(first, Tensor):
         return _stacked(found)
+    reduce = kind.output_sums if place else kind.input_sums
     if len(found) > 1 and kind.stacks(first, pick):
-        joined = (kind.stacked_output_sums if place else kind.stacked_input_sums)(found, pick)
+        joined = reduce(found, pick)
     else:
-        reduce = kind.output_sums if place else kind.input_sums
         joined = _stacked([reduce(tensor, pick) for tensor in found])
     if not place and first.numel() > SMALL:
         # The graph may live on, and be used again; its inputs need not.

@@ -13,10 +13,11 @@ from .digits import (
     CONV_SIZES,
     LARGE_SIZES,
     MLP_SIZES,
+    conv_net,
     digits_autoencoder,
-    digits_conv,
+    digits_classes,
     digits_large,
-    digits_mlp,
+    mlp,
 )
 from .text import SIZES as TEXT_SIZES
 from .text import TORCH_STD, text_lm
@@ -36,8 +37,8 @@ class Recipe:
 TASKS: Mapping[str, Recipe] = {
     "text-lm": Recipe(text_lm, TEXT_SIZES),
     "text-lm-torch-init": Recipe(partial(text_lm, embedding_std=TORCH_STD), TEXT_SIZES),
-    "digits-mlp": Recipe(digits_mlp, MLP_SIZES),
-    "digits-conv": Recipe(digits_conv, CONV_SIZES),
+    "digits-mlp": Recipe(partial(digits_classes, name="digits-mlp", net=mlp), MLP_SIZES),
+    "digits-conv": Recipe(partial(digits_classes, name="digits-conv", net=conv_net), CONV_SIZES),
     "digits-large": Recipe(digits_large, LARGE_SIZES),
     "digits-autoencoder": Recipe(digits_autoencoder, AUTOENCODER_SIZES, least_depth=2),
 }

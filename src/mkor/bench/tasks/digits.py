@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -144,32 +144,20 @@ def _about(digits: Digits) -> str:
     return f"scikit-learn's handwritten digits, {images:,} images of 8x8"
 
 
-def digits_mlp(sizes: Mapping[str, int]) -> Task:
-    """The task `digits-mlp`.
+def digits_classes(
+    sizes: Mapping[str, int], name: str, net: Callable[[int, int], nn.Module]
+) -> Task:
+    """A task of telling digits apart, `digits-mlp` or `digits-conv`.
 
     Args:
         sizes: Width, depth and batch.
+        name: Of the task.
+        net: Makes the model of a width and a depth.
 
     Returns:
         The task.
     """
-    digits = load_digits()
-    return _classification("digits-mlp", sizes, digits, lambda: mlp(sizes["width"], sizes["depth"]))
-
-
-def digits_conv(sizes: Mapping[str, int]) -> Task:
-    """The task `digits-conv`.
-
-    Args:
-        sizes: Width, depth and batch.
-
-    Returns:
-        The task.
-    """
-    digits = load_digits()
-    return _classification(
-        "digits-conv", sizes, digits, lambda: conv_net(sizes["width"], sizes["depth"])
-    )
+    return _classes(sizes, name, net, load_digits())
 
 
 def digits_large(sizes: Mapping[str, int]) -> Task:
@@ -186,14 +174,12 @@ def digits_large(sizes: Mapping[str, int]) -> Task:
     large = replace(
         digits, train=(_enlarged(train), labels), held_out=(_enlarged(held_out), answers)
     )
-    task = _classification(
-        "digits-large", sizes, large, lambda: conv_net(sizes["width"], sizes["depth"], LARGE_SIDE)
-    )
+    task = _classes(sizes, "digits-large", partial(conv_net, side=LARGE_SIDE), large)
     return replace(task, steps=200, data=f"{task.data}, enlarged to {LARGE_SIDE}x{LARGE_SIDE}")
 
 
-def _classification(
-    name: str, sizes: Mapping[str, int], digits: Digits, build: Callable[[], nn.Module]
+def _classes(
+    sizes: Mapping[str, int], name: str, net: Callable[[int, int], nn.Module], digits: Digits
 ) -> Task:
     return Task(
         name=name,
@@ -201,7 +187,7 @@ def _classification(
         steps=300,
         data=_about(digits),
         sha256=digits.sha256,
-        build=build,
+        build=lambda: net(sizes["width"], sizes["depth"]),
         loss=functional.cross_entropy,
         draw=lambda generator: _random_rows(digits.train, sizes["batch"], generator),
         held_out=(digits.held_out,),
