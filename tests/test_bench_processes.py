@@ -143,6 +143,11 @@ def test_sizes():
     assert wire_bytes("allreduce_", 30, 3) == 40
 
 
+def test_a_kernel_that_does_not_tell(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert kernel_bytes(0) is None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_kernel_counts_what_was_sent():
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
