@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from mkor import KFAC, MKOR, DenseMKOR, Eva
@@ -51,3 +53,38 @@ def test_equals_linear_layers(kind, how, rescale):
         torch.testing.assert_close(one, same, rtol=1e-7, atol=1e-10)
     rows = {row.parameter: row.preconditioned for row in optimizers[1].coverage()}
     assert [name for name, covered in rows.items() if not covered] == ["6.weight", "6.bias"]
+
+
+class Allocated(TorchDispatchMode):
+    """Operators that return a new tensor of one size."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tensors(args)}
+        out = func(*args, **(kwargs or {}))
+        if any(
+            t.numel() == self.numel and t.untyped_storage().data_ptr() not in given
+            for t in tensors(out)
+        ):
+            self.names.append(func.name())
+        return out
+
+
+def tensors(found):
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_weights_are_handled_in_place(transposed):
+    """No temporary of a gradient's size, whichever way the weight is stored."""
+    model = chain(transposed)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.01), rank=8, vectors=2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(40, 5, dtype=torch.float64)).square().mean().backward()
+        with Allocated(260 * 270) as allocated:
+            optimizer.step()
+    assert not allocated.names

@@ -40,6 +40,13 @@ class Gradients:
     alone: bool = False
     copies: list[Tensor] = field(default_factory=list)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether ``W`` is a view of its target; a transposed weight's is, though not contiguous."""
+        target = self.targets[0]
+        viewed = target.is_contiguous() or target.shape == self.W.shape[1:]
+        return not self.copies and self.W.dtype == target.dtype and viewed
+
     def to(self, dtype: torch.dtype) -> Gradients:
         """The same in the arithmetic's dtype."""
         if not self.alone:
@@ -131,13 +138,13 @@ def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:
             if some.b is not None:
                 some.b.mul_(by.unsqueeze(1))
             torch._foreach_copy_(some.targets, some.copies)
-        elif some.W.dtype == some.targets[0].dtype and some.targets[0].is_contiguous():
+        elif some.in_place:
             scaled += some.targets
             factors += [by] * len(some.targets)
         else:
             for new, target in zip((some.W, some.b), some.targets, strict=False):
                 if new is not None:
-                    target.copy_(_like(new[0] * by, target))
+                    target.copy_(_like(new[0].mul_(by), target))
     if scaled:
         torch._foreach_mul_(scaled, factors)
 

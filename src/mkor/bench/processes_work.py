@@ -86,12 +86,10 @@ def _count(place: Place, contestant: Contestant, subject: Subject) -> Counted:
     kinds = _kinds(seen)
     gradients = worker.model_bytes() // 2
     del worker
-    part = contestant.wrapper
-    layers = {
-        size: _run_without(place, contestant, part, names[0], subject)
-        for size, names in covered.items()
-        if part is not None
-    }
+    layers = {}
+    if contestant.wrapper is not None:
+        for size, names in covered.items():
+            layers[size] = _run_without(place, contestant, contestant.wrapper, names[0], subject)
     own = sum(kinds.values()) - kinds.get("gradients", 0)
     steps = period(contestant)
     return Counted(
