@@ -42,7 +42,7 @@ class Gradients:
 
     @property
     def in_place(self) -> bool:
-        """Whether ``W`` is a view of its target; a transposed weight's is, though not contiguous."""
+        """Whether ``W`` is a view of its target, as it is of a transposed weight's, too."""
         target = self.targets[0]
         viewed = target.is_contiguous() or target.shape == self.W.shape[1:]
         return not self.copies and self.W.dtype == target.dtype and viewed
