@@ -249,8 +249,8 @@ def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterat
     prepared = batch.curvature.prepare(spanned, batch.shape)
     # In one call each: many layers' rows taken one by one cost as much as their products.
     lengths = _lengths(gradients)
-    rows = {key: tensor.split(lengths) for key, tensor in prepared.items()}
-    uses, oks = (mask[first:beyond].split(lengths) for mask in (use, ok))
+    rows = {key: linalg.cut(tensor, lengths) for key, tensor in prepared.items()}
+    uses, oks = (linalg.cut(mask[first:beyond], lengths) for mask in (use, ok))
     place = 0
     for some in gradients:
         place += some.where.start > first

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mkor.gate import Gate, Site
 from mkor.profiling import span
-from mkor.sums import PartSums, Pick
+from mkor.sums import PartSums
 from mkor.tray import Call
 
 __all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook"]
@@ -148,13 +148,14 @@ class GradientHook:
         Args:
             grads: Of all outputs of the operation that made the call's output.
         """
-        gate, site = self.gate, self.site
-        grad = grads[self.place]
-        if not gate.open or grad is None:
+        gate, site, grad = self.gate, self.site, grads[self.place]
+        if grad is None or not gate.open:
             return
-        grad = grad.detach() if self.shape is None else grad.detach().reshape(self.shape)
-        with span("mkor.capture"):
-            self._capture(grad)
+        if self.shape is not None:
+            grad = grad.reshape(self.shape)
+        if not gate.hold(site, self, grad):
+            with span("mkor.capture"):
+                self._capture(grad.detach())
         if site.sharded:
             gate.passes.count(site)
 
@@ -164,26 +165,14 @@ class GradientHook:
         if isinstance(a, Tensor):
             if not site.kind.fits(a, grad):
                 return
-            x = a.detach() if gate.right else None
-            # Until its sums take its place. The graph may live on, and be used again.
-            self.a = x
-            if site.tray.trusts and gate.may_hold(site.kind, x, grad):
-                self._keep((x, grad if gate.left else None), pick)
-                return
-            a = self.a = None if x is None else gate.inputs(site.kind, x, pick)
+            # The graph may live on, and be used again; its inputs need not.
+            a = self.a = gate.inputs(site.kind, a, pick)
         g = gate.outputs(site.kind, grad, pick)
         # A captured CUDA graph repeats what ran on the device, and no callbacks.
         if grad.is_cuda and torch.cuda.is_current_stream_capturing():
             site.add(a, g)
         else:
-            self._keep((a, g), pick)
-
-    def _keep(
-        self, sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None], pick: Pick
-    ) -> None:
-        site = self.site
-        site.tray.put(Call.of(site.index, sides, pick, site.kind, self))
-        self.gate.passes.at_end(site.tray.empty)
+            gate.keep(site.tray, Call(site.index, (a, g), site.kind, self))
 
 
 class AccumulationHook(InertHook):

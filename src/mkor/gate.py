@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from mkor.layers import LayerKind
@@ -15,7 +16,7 @@ from mkor.moments import moments
 from mkor.output_layer import OutputSearch
 from mkor.passes import Passes
 from mkor.sums import PartSums, Pick
-from mkor.tray import META, Tray
+from mkor.tray import META, Call, Source, Tray
 
 __all__ = ["Gate", "Site"]
 
@@ -98,28 +99,45 @@ class Gate:
             return None
         return moments(kind.output_rows(g)) if self.covariance else kind.output_sums(g, pick)
 
-    def may_hold(self, kind: LayerKind, a: Tensor | None, g: Tensor) -> bool:
-        """Whether a call's tensors are kept until the pass ends; they then count as held.
+    def hold(self, site: Site, source: Source, g: Tensor) -> bool:
+        """Keep a call's tensors until the pass ends, and sum them then.
 
-        It pays for small layers, and for convolutions, whose sums take many operations. Most would
-        be alive at the pass's beginning anyway, when memory is fullest; a GPU's is scarcer.
+        Between the products of a pass, every line of Python finds its code gone from the
+        processor's caches: no more is done here than must be. It pays for small layers, and for
+        convolutions, whose sums take many operations. Most tensors would be alive at the pass's
+        beginning anyway, when memory is fullest; a GPU's is scarcer.
 
         Args:
-            kind: Of the layer.
-            a: The input.
+            site: Of the layer.
+            source: Holds the call's input as ``a``.
             g: The gradient of the output.
 
         Returns:
-            False if there would be too many.
+            False where the call must be summed at once: there would be too many.
         """
-        size = g.numel() + (0 if a is None else a.numel())
-        if self.covariance or g.device.type != "cpu" or self.held + size > HELD:
+        a, tray = source.a, site.tray
+        if self.covariance or not isinstance(a, Tensor) or not (g.is_cpu and tray.trusts):
             return False
-        if isinstance(kind, LinearKind) and size > 2 * SMALL:
+        size = a.numel() + g.numel()
+        if self.held + size > HELD or (size > 2 * SMALL and isinstance(site.kind, LinearKind)):
             return False
         self.held += size
-        self.passes.at_end(self._let_go)
+        self.keep(tray, Call(site.index, (a, g), site.kind, source, a._version + g._version))
         return True
+
+    def keep(self, tray: Tray, call: Call) -> None:
+        """Put a call on a tray, to be added when the backward pass ends that is running.
+
+        Args:
+            tray: Of the layer's batch.
+            call: The call.
+        """
+        tray.put(call)
+        task = torch._C._current_graph_task_id()
+        if tray.task != task:
+            tray.task, tray.pick = task, self.pick(self.update)
+            self.passes.at_end(tray.empty)
+            self.passes.at_end(self._let_go)
 
     def _let_go(self) -> None:
         self.held = 0

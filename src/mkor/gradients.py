@@ -132,7 +132,7 @@ def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:
     scaled: list[Tensor] = []
     factors: list[Tensor] = []
     sizes = [some.where.stop - some.where.start for some in gradients]
-    for some, by in zip(gradients, ratio.split(sizes), strict=True):
+    for some, by in zip(gradients, linalg.cut(ratio, sizes), strict=True):
         if some.copies:
             some.W.mul_(by.view(-1, 1, 1))
             if some.b is not None:

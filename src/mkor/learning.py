@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mkor.batches import Batch
 from mkor.communication.assignment import Assignment
-from mkor.curvature.contract import Curvature, Inverting
+from mkor.curvature.contract import Inverting
 from mkor.renewal import renew
 
 __all__ = ["learn"]
@@ -17,18 +17,18 @@ __all__ = ["learn"]
 
 def learn(
     batches: Sequence[Batch],
-    curvature: Curvature,
     scale: float | Tensor,
     number: int,
+    inverting: Inverting | None = None,
     assignment: Assignment | None = None,
 ) -> None:
     """Give the factors this step's statistics, unless those of any layer are not finite.
 
     Args:
         batches: The layers; their gradients have been measured.
-        curvature: Their kind of factor.
         scale: What raw ``g`` is multiplied with beside the number of rows.
         number: Updates of the optimizer before this one.
+        inverting: Their kind of factor, if it inverts apart from updating.
         assignment: Who inverts what for others; None where every process does all.
     """
     bad = [batch.bad for batch in batches]
@@ -37,5 +37,5 @@ def learn(
     refuse = bad[0] if len(bad) == 1 else torch.stack([b.to(bad[0].device) for b in bad]).any()
     for batch in batches:
         batch.update(refuse.to(batch.shape.device), scale, number)
-    if isinstance(curvature, Inverting) and curvature.due(number):
-        renew(batches, curvature, refuse, assignment)
+    if inverting is not None and inverting.due(number):
+        renew(batches, inverting, refuse, assignment)

@@ -17,7 +17,7 @@ from mkor import checkpoint
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import check_sharding, reshard
 from mkor.concord import Concord
-from mkor.curvature.contract import Curvature
+from mkor.curvature.contract import Curvature, Inverting
 from mkor.gate import Gate
 from mkor.hybrid import Switch
 from mkor.ledger import Ledger
@@ -71,6 +71,8 @@ class Lifecycle:
         self.steps = self.updates = 0
         self._passes = 1
         self._model, self._base, self._curvature = model, base, curvature
+        # Asking a protocol whether an object follows it takes long, for every step too long.
+        self._inverting = curvature if isinstance(curvature, Inverting) else None
         # A wrapper that is dropped must be freed at once, hooks and all.
         self._close = weakref.WeakMethod(close)
         self._concord = Concord(model, base, curvature, options, self.communicator)

@@ -117,7 +117,7 @@ class Preconditioner(Lifecycle):
             batch.check()
         if due:
             scale = 1.0 / (self.loss_scale * self.communicator.world_size)
-            learn(batches, self._curvature, scale, self.updates, self._watch.assignment)
+            learn(batches, scale, self.updates, self._inverting, self._watch.assignment)
         return gradients
 
     def coverage(self) -> Coverage:

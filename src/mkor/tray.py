@@ -8,7 +8,8 @@ are even stacked: an operation takes the same few microseconds for one layer as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +20,20 @@ from mkor.memo import memo
 from mkor.profiling import span
 from mkor.sums import PartSums, Pick
 
-__all__ = ["META", "Call", "Tray"]
+__all__ = ["META", "Call", "Source", "Tray"]
 
 META = 3
 """Numbers that lead a layer's counts: squares of ``a`` and of ``g``, rows of the whole step."""
+
+
+class Source(Protocol):
+    """What holds a call's input while the graph lives.
+
+    Attributes:
+        a: The input, or what was taken from it.
+    """
+
+    a: PartSums | Tensor | None
 
 
 class Call(NamedTuple):
@@ -30,60 +41,40 @@ class Call(NamedTuple):
 
     Attributes:
         layer: The layer's place in its batch.
-        sides: Sums of inputs and of output gradients, None for a side that is not captured; or the
+        sides: Sums of inputs and of output gradients, None for a side that is not captured; or both
             tensors themselves, not yet summed.
-        pick: Which of their rows are used.
         kind: How these read as rows.
         source: Its ``a`` is the tensor of inputs, and becomes their sums.
-        versions: Of the tensors, when they came.
+        version: Of the tensors together, when they came.
     """
 
     layer: int
     sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None]
-    pick: Pick
     kind: LayerKind
-    source: Any
-    versions: tuple[int, ...]
-
-    @staticmethod
-    def of(
-        layer: int,
-        sides: tuple[PartSums | Tensor | None, PartSums | Tensor | None],
-        pick: Pick,
-        kind: LayerKind,
-        source: Any,
-    ) -> Call:
-        """A call that just came.
-
-        Args:
-            layer: The layer's place in its batch.
-            sides: Of inputs and of output gradients.
-            pick: Which of their rows are used.
-            kind: How these read as rows.
-            source: Its ``a`` is the tensor of inputs.
-
-        Returns:
-            The call.
-        """
-        return Call(layer, sides, pick, kind, source, _versions(sides))
+    source: Source
+    version: int = 0
 
 
 class Tray:
     """The calls of a batch of layers.
 
     Args:
-        a: ``[B, k, d_in]``, see :class:`mkor.gate.Site`.
-        g: ``[B, k, d_out]``.
+        a: ``[B, k, d_in]``, see :class:`mkor.gate.Site`; without rows if inputs are not captured.
+        g: ``[B, k, d_out]``, likewise of output gradients.
         meta: ``[B, 3 + k]``.
 
     Attributes:
         trusts: Whether tensors may be kept: no backward pass was seen to change one.
+        task: The backward pass whose end empties the tray; None while it is empty.
+        pick: Which rows of the kept tensors are used.
     """
 
     def __init__(self, a: Tensor, g: Tensor, meta: Tensor) -> None:
         self._into, self._meta = (a, g), meta
         self._calls: list[Call] = []
         self.trusts = True
+        self.task: int | None = None
+        self.pick = Pick(1, None, 0)
 
     def put(self, call: Call) -> None:
         """Keep a call until the backward pass ends.
@@ -96,13 +87,15 @@ class Tray:
     def drop(self) -> None:
         """Forget the calls of a pass that did not end."""
         self._calls.clear()
+        self.task = None
 
+    @torch.no_grad()
     def empty(self) -> None:
         """Add what was kept."""
-        found, self._calls = self._calls, []
-        calls = [call for call in found if call.versions == _versions(call.sides)]
+        found, self._calls, self.task = self._calls, [], None
+        calls = [call for call in found if _is_unchanged(call)]
         self.trusts = self.trusts and len(calls) == len(found)
-        calls.sort(key=lambda call: call.layer)
+        calls = sorted(filter(_fits, calls), key=attrgetter("layer"))
         with span("mkor.capture"):
             for run in _runs(calls):
                 self._add(run)
@@ -113,31 +106,27 @@ class Tray:
         rows = None
         for place, into in enumerate(self._into):
             found = [call.sides[place] for call in run]
-            if found[0] is None:
-                continue
-            sums = _joined(found, run, place)
-            into[here].add_(sums.vectors)
-            self._meta[here, place].add_(sums.square)
-            rows = (sums.total, *sums.counts)
+            captured = into.shape[1] and found[0] is not None
+            sums = _joined(found, run[0].kind, self.pick, place) if captured else None
+            if not place:
+                _let_go(run, sums)
+            if sums is not None:
+                into[here].add_(sums.vectors)
+                self._meta[here, place].add_(sums.square)
+                rows = (sums.total, *sums.counts)
         if rows is not None:
             self._meta[here, META - 1 :].add_(_constant(rows, self._meta.dtype, self._meta.device))
 
 
-def _joined(found: Sequence[Any], run: Sequence[Call], place: int) -> PartSums:
+def _joined(found: Sequence[Any], kind: LayerKind, pick: Pick, place: int) -> PartSums:
     """One side's sums of several calls: vectors ``[n, k, d]``, squares ``[n]``."""
-    first, kind, pick = found[0], run[0].kind, run[0].pick
+    first = found[0]
     if not isinstance(first, Tensor):
         return _stacked(found)
     reduce = kind.output_sums if place else kind.input_sums
     if len(found) > 1 and kind.stacks(first, pick):
-        joined = reduce(found, pick)
-    else:
-        joined = _stacked([reduce(tensor, pick) for tensor in found])
-    if not place and first.numel() > SMALL:
-        # The graph may live on, and be used again; its inputs need not.
-        for layer, call in enumerate(run):
-            call.source.a = joined.of(layer)
-    return joined
+        return reduce(found, pick)
+    return _stacked([reduce(tensor, pick) for tensor in found])
 
 
 def _stacked(each: Sequence[PartSums]) -> PartSums:
@@ -146,9 +135,26 @@ def _stacked(each: Sequence[PartSums]) -> PartSums:
     return PartSums(vectors, square, first.counts, first.total)
 
 
-def _versions(sides: Sequence[PartSums | Tensor | None]) -> tuple[int, ...]:
-    """How often tensors were changed in place, so far."""
-    return tuple(side._version for side in sides if isinstance(side, Tensor))
+def _let_go(run: Sequence[Call], sums: PartSums | None) -> None:
+    """Let sums, or nothing, take the inputs' place: the graph may live on, and be used again."""
+    first = run[0].sides[0]
+    if isinstance(first, Tensor) and first.numel() > SMALL:
+        for layer, call in enumerate(run):
+            call.source.a = None if sums is None else sums.of(layer)
+
+
+def _is_unchanged(call: Call) -> bool:
+    """Whether nobody changed a call's tensors in place since they came."""
+    a, g = call.sides
+    if isinstance(a, Tensor) and isinstance(g, Tensor):
+        return a._version + g._version == call.version
+    return True
+
+
+def _fits(call: Call) -> bool:
+    """Whether a call's tensors are its layer's; a subclass may reshape them."""
+    a, g = call.sides
+    return not (isinstance(a, Tensor) and isinstance(g, Tensor)) or call.kind.fits(a, g)
 
 
 def _runs(calls: Sequence[Call]) -> list[list[Call]]:
@@ -156,7 +162,7 @@ def _runs(calls: Sequence[Call]) -> list[list[Call]]:
     runs: list[list[Call]] = []
     last: Any = None
     for call in calls:
-        like = (call.kind, call.pick, *map(_looks, call.sides))
+        like = (call.kind, *map(_looks, call.sides))
         if runs and runs[-1][-1].layer + 1 == call.layer and like == last:
             runs[-1].append(call)
         else:

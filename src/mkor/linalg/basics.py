@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ __all__ = [
     "all_hold",
     "append_ones",
     "bias_correction",
+    "cut",
     "momentum_average",
     "times",
     "where",
@@ -47,6 +49,19 @@ def where(mask: Tensor, x: Tensor, other: Tensor | float) -> Tensor:
     if all_hold(mask):
         return x
     return torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, other)
+
+
+def cut(x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Stretches along the first dimension; where it is all one, in no time.
+
+    Args:
+        x: ``[n, ...]``.
+        lengths: Their sum is ``n``.
+
+    Returns:
+        Views.
+    """
+    return (x,) if len(lengths) == 1 else x.split(list(lengths))
 
 
 def times(A: Tensor, x: Tensor) -> Tensor:
