@@ -1,10 +1,12 @@
 """Tensors that are kept until the backward pass ends: the same sums, later, and nothing longer."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mkor import MKOR
 from mkor.capture import GradientHook
@@ -102,18 +104,67 @@ def test_kept_up_to_a_limit(monkeypatch):
     optimizer.step()
 
 
-def test_inputs_do_not_outlive_the_pass():
+@pytest.mark.parametrize(("sides", "left"), [("both", PartSums), ("left", type(None))])
+def test_inputs_do_not_outlive_the_pass(sides, left):
     """A loss keeps its graph alive, and with it the hooks, but no activations."""
     gc.collect()
     model, x = linear()
-    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = MKOR(model, base, sides=sides, skip_output=False)
     optimizer.step()
     loss = model(x).square().mean()
     loss.backward()
     hooks = [each for each in gc.get_objects() if type(each) is GradientHook]
     assert len(hooks) == 3
-    assert all(isinstance(hook.a, PartSums) for hook in hooks)
+    assert all(type(hook.a) is left for hook in hooks)
     assert loss.requires_grad
+
+
+class Between(nn.Module):
+    """Layers of one shape before and after a checkpoint, whose own has another."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last = nn.Linear(40, 40, dtype=F64), nn.Linear(40, 40, dtype=F64)
+        self.middle, self.reentrant = nn.Linear(40, 40, bias=False, dtype=F64), reentrant
+
+    def forward(self, x):
+        x = checkpoint(self.middle, self.first(x), use_reentrant=self.reentrant)
+        return self.last(x)
+
+
+def test_a_pass_inside_a_pass():
+    """Reentrant checkpointing ends a pass in the midst of another, which then goes on."""
+
+    def make(reentrant):
+        return Between(reentrant), torch.randn(64, 40, dtype=F64)
+
+    inside, plain = (factors(partial(make, reentrant), passes=1) for reentrant in (True, False))
+    for found, expected in zip(inside, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_dropped_in_mid_pass():
+    """What comes after counts, whoever dropped what came before."""
+    model, x = linear()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = MKOR(model, base, rank=8, vectors=4, rows=8, skip_output=False)
+    optimizer.step()
+    model[2].register_full_backward_hook(lambda *_: optimizer._preconditioner.forget())
+    model(x).square().mean().backward()
+    optimizer.step()
+    updates = [int(optimizer.state[model[i].weight]["mkor_updates"]) for i in (0, 4)]
+    assert updates == [1, 0]
+
+
+def test_gradients_that_are_differentiated_again():
+    """Sums hold no graph, though gradients that were kept do."""
+    model, x = linear()
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    loss = model(x).square().mean()
+    torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    assert not any(batch.a.requires_grad for batch in optimizer._preconditioner._watch.batches)
+    assert not any(batch.g.requires_grad for batch in optimizer._preconditioner._watch.batches)
 
 
 class Overwriting(torch.autograd.Function):
@@ -261,6 +312,17 @@ def test_an_output_that_another_hook_cuts_off():
     model(torch.randn(5, 8, dtype=F64)).square().mean().backward()
     optimizer.step()
     assert optimizer.state[model[2].weight]["mkor_updates"] == 1
+
+
+def test_an_output_that_another_hook_narrows():
+    """Such a call is not its layer's, and teaches it nothing."""
+    model = nn.Sequential(nn.Linear(8, 8, dtype=F64), nn.Tanh(), nn.Linear(4, 3, dtype=F64))
+    model[0].register_forward_hook(lambda *call: call[-1][:, :4])
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    model(torch.randn(5, 8, dtype=F64)).square().mean().backward()
+    optimizer.step()
+    updates = [int(optimizer.state[model[i].weight]["mkor_updates"]) for i in (0, 2)]
+    assert updates == [0, 1]
 
 
 def test_sums_of_squares_slab_by_slab(monkeypatch):
