@@ -123,6 +123,10 @@ ROWS = {f"mkor+{name}": windows(name) for name in BASES} | {
 WRITES = "it writes into the gradients as it steps"
 RESTS = "its first step moves nothing"
 EXCEPTIONS = {
+    "mkor+muon": {
+        "test_add_param_group": "Combined has no single place for a new group",
+        "test_options_per_group": "its groups are made by Combined",
+    },
     "mkor+schedule-free": {
         "test_clipping_sees_the_raw_gradient": WRITES,
         "test_rescaling_keeps_the_clipped_norm": WRITES,

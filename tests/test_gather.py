@@ -203,9 +203,9 @@ def test_processes_stay_in_step(launches, world, name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_more_vectors_than_the_rank_are_refused(launches, world, name):
     """Three processes with two vectors each are one too many for rank five."""
-    for failure in launches(world).failures(name):
-        assert failure is not None
-        assert failure.kind == "ValueError"
+    failures = launches(world).failures(name)
+    assert [failure.kind for failure in failures] == ["ValueError"] * world
+    for failure in failures:
         assert "rank" in failure.message
         assert "3 processes" in failure.message
 

@@ -187,7 +187,7 @@ def test_factory_builds_the_trainers_base(tmp_path, optim):
     how = {"optim": optim, "adam_beta2": 0.98, "adam_epsilon": 1e-7}
     ours = trainer(tmp_path, **how).create_optimizer()
     theirs = Trainer(bert(), arguments(tmp_path, **how)).create_optimizer()
-    assert isinstance(ours, mkor.MKOR)
+    assert type(ours) is mkor.MKOR
     assert type(ours.base) is type(theirs)
     assert ours.curvature.rank == 8
     for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
@@ -521,7 +521,7 @@ def test_hybrid_switches(tmp_path):
     trained = run(add_callback(trainer(tmp_path, OPTIMIZERS["mkor-h"], max_steps=24)))
     optimizer = optimizer_of(trained)
     last = optimizer.switched_at
-    assert last is not None
+    assert 1 < last < 24
     assert [e["mkor/switched"] for e in diagnostics(trained)] == [0.0] * (last - 1) + [1.0] * (
         25 - last
     )

@@ -179,16 +179,15 @@ def expected_step(losses, settings=PATIENT):
         for i in range(0, len(losses) - rule.every + 1, rule.every)
     ]
     look = switch_look(means, rule)
-    return look and look * rule.every
+    assert look, "losses that bring no switch show nothing"
+    return look * rule.every
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_optimizer_follows_the_rule(seed):
     """Through ``report_loss``: the mean of the losses of ``every`` steps is one look."""
     losses = falling(150, 20.0, 0.05, seed)
-    moment = feed(small(**PATIENT), losses)
-    assert moment == expected_step(losses)
-    assert moment is not None
+    assert feed(small(**PATIENT), losses) == expected_step(losses)
 
 
 def test_no_switch_while_the_loss_falls():
@@ -215,8 +214,9 @@ def test_several_losses_a_step():
 def test_switch_is_for_good():
     """What is reported later is taken without complaint and changes nothing."""
     optimizer = small(**PATIENT)
-    moment = feed(optimizer, falling(150, 20.0, 0.05, 0))
-    assert moment is not None
+    losses = falling(150, 20.0, 0.05, 0)
+    moment = feed(optimizer, losses)
+    assert moment == expected_step(losses)
     assert feed(optimizer, [100.0 - i for i in range(50)]) == moment
 
 

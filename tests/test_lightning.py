@@ -100,7 +100,7 @@ def fit(task, epochs=1, resume=None, batches=BATCHES, **how):
     trainer = lightning.Trainer(max_epochs=epochs, **(quiet | how))
     trainer.fit(task, loader(batches), ckpt_path=resume, weights_only=resume and True)
     (optimizer,) = trainer.optimizers
-    assert isinstance(optimizer, mkor.Preconditioned)
+    assert type(optimizer) is task.row.wrap
     return optimizer
 
 
