@@ -7,7 +7,6 @@ that leaves attention to the base.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mkor import MKOR
+from mkor.bench.errors import UsageError
+from mkor.bench.files import write_record
 from mkor.bench.machine import environment
+from mkor.bench.places import prepare_file
 from mkor.bench.schedule import factor
 from mkor.bench.tasks import Task, batches, held_out_loss, load_task
 from mkor.bench.tasks.text import VOCABULARY
@@ -78,6 +80,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
+    try:
+        out = prepare_file("--out", arguments.out)
+    except UsageError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     task = load_task("text-lm", {})
     record = {"steps": arguments.steps, "environment": environment(), "contestants": {}}
@@ -91,8 +97,8 @@ def main() -> None:
         losses = [run["loss"] for run in runs]
         record["contestants"][name] = {"tuning": tried, "rate": rate, "runs": runs}
         print(f"{name}: {statistics.fmean(losses):.4f} (lr {rate})", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if out:
+        write_record(record, out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ time of a whole iteration (forward, backward and step) over AdamW's in the same 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,9 +20,11 @@ from transformers import BertConfig, BertForMaskedLM
 from mkor import Preconditioned
 from mkor.bench.compare import checked_contestants
 from mkor.bench.contestants import Contestant
-from mkor.bench.files import FORMAT, plain
+from mkor.bench.errors import UsageError
+from mkor.bench.files import FORMAT, write_record
 from mkor.bench.machine import environment, package_version
 from mkor.bench.overhead_tables import print_timings
+from mkor.bench.places import prepare_file
 from mkor.bench.rounds import in_turn
 from mkor.bench.timing import Timing, summarize_all
 from mkor.bench.worker import Subject, Worker
@@ -104,6 +105,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     arguments = parser.parse_args()
+    try:
+        out = prepare_file("--out", arguments.out)
+    except UsageError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     # Else a model without hooks and one with hooks share their compiled code.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
@@ -121,8 +126,8 @@ def main() -> None:
         timings = measure(contestants, backend, arguments.rounds)
         print_timings(timings, sys.stdout)
         record["backends"][backend] = [asdict(timing) for timing in timings]
-    if arguments.out:
-        arguments.out.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    if out:
+        write_record(record, out)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from mkor.bench import cli, contestants
 from mkor.bench.arguments import names, whole
-from mkor.bench.compare import INTERRUPTED, prepare_folder
+from mkor.bench.compare import INTERRUPTED
 from mkor.bench.curves import COLOURS, GREY, lighter
 from mkor.bench.errors import UnknownNameError, UsageError
+from mkor.bench.places import prepare_folder
 from mkor.bench.processes_theory import period
 from mkor.bench.tables import bytes_text, print_table
 from mkor.bench.timing import quartiles, ratios

@@ -30,7 +30,7 @@ import torch
 
 from mkor.bench.arguments import whole
 from mkor.bench.cli import add_sizes, add_threads, add_warmup
-from mkor.bench.compare import INTERRUPTED, checked_contestants, prepare_folder, sizes_of
+from mkor.bench.compare import INTERRUPTED, checked_contestants, sizes_of
 from mkor.bench.contestants import Part
 from mkor.bench.curves import COLOURS, GREY, Line, Look, curve_of, dodge
 from mkor.bench.errors import UnknownNameError, UsageError
@@ -38,6 +38,7 @@ from mkor.bench.files import FORMAT, plain, settings_record
 from mkor.bench.machine import environment
 from mkor.bench.memory import keep_memory
 from mkor.bench.optimizers import check_all
+from mkor.bench.places import prepare_folder
 from mkor.bench.plot import LABEL_HEIGHT, LETTER, style
 from mkor.bench.progress import Progress, make_progress
 from mkor.bench.race import Race, Settings, mean, spread

@@ -8,7 +8,6 @@ One thread, everything in turn, medians and quartiles of wall time. It takes abo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mkor.bench.arguments import whole
-from mkor.bench.files import FORMAT, plain
+from mkor.bench.files import FORMAT, write_record
 from mkor.bench.machine import environment
 from mkor.bench.memory import keep_memory
 from mkor.bench.tables import print_table
@@ -118,6 +117,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=whole(3), default=40, metavar="N")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see whether it works")
     arguments = parser.parse_args(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "processor.json"
     torch.set_num_threads(1)
     keep_memory()
     width, rows = (TINY, TINY) if arguments.tiny else (WIDTH, ROWS)
@@ -132,9 +133,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "products": products(widths, arguments.rounds),
         "product_after": after(rows, width, arguments.rounds),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "processor.json"
-    path.write_text(json.dumps(plain(record), indent=1) + "\n")
+    write_record(record, path)
     show(record)
     print(f"written: {path}")
     return 0

@@ -35,12 +35,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from mkor.bench.compare import checked_contestants, prepare_folder
+from mkor.bench.compare import checked_contestants
 from mkor.bench.contestants import Contestant
 from mkor.bench.curves import COLOURS
-from mkor.bench.files import FORMAT, plain
+from mkor.bench.errors import UsageError
+from mkor.bench.files import FORMAT, write_record
 from mkor.bench.machine import environment
 from mkor.bench.overhead_models import model_subject
+from mkor.bench.places import prepare_folder
 from mkor.bench.processes_count import counted
 from mkor.bench.processes_theory import period
 from mkor.bench.tables import print_table
@@ -370,7 +372,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rank is not None:
         work(arguments)
-    out = prepare_folder(arguments.out)
+    try:
+        checked_contestants(arguments.contestants)
+        out = prepare_folder(arguments.out)
+    except UsageError as error:
+        parser.error(str(error))
     # Else whoever ends this script would leave the namespaces behind.
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -384,8 +390,7 @@ def main() -> None:
         **measure(arguments),
     }
     if out is not None:
-        text = json.dumps(plain(record), indent=1) + "\n"
-        (out / "slow-network.json").write_text(text, encoding="utf-8")
+        write_record(record, out / "slow-network.json")
         draw(record, out / "slow-network.png")
 
 

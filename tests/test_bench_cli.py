@@ -88,6 +88,8 @@ def test_compare_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
         (["overhead", "--batch", "3"], "mlp has no --batch"),
         (["overhead", "--model", "digits-mlp", "--rows", "3"], "--rows is for mlp"),
         (["overhead", "--json", "no/such/folder/x.json"], "there is no folder"),
+        (["overhead", "--json", "."], "this is a folder"),
+        (["overhead", "--plot", "."], "this is a folder"),
         (["inspect", "digits"], "unknown task 'digits'"),
         (["inspect", "digits-mlp", "adamw"], "nothing to inspect"),
         (["inspect", "package.module"], "package.module:factory"),

@@ -206,6 +206,7 @@ def test_counted_bytes_are_those_of_the_theory(tmp_path, capsys):
         (["--rounds", "3"], "takes no rounds"),
         (["--scaling"], "takes no scaling"),
         (["--json", "no/such/folder/x.json"], "there is no folder"),
+        (["--json", "."], "this is a folder"),
         (["--model", "mlpp"], "unknown model"),
         (["--model", "bert-base-shapes", "--batch", "3"], "has no --batch"),
         (["--model", "bert-base-shapes", "--depth", "1", "--width", "8", "adamv"], "adamv"),

@@ -17,8 +17,8 @@ from mkor.bench.scaling_times import (
     random_statistics,
     repeat,
     shape_of,
-    take_update,
     time_parts,
+    update_of,
 )
 from mkor.curvature.contract import SIDES
 
@@ -78,7 +78,7 @@ def test_numbers_sent_grow_linearly_but_quadratically_for_kfac() -> None:
 def test_kfac_is_timed_with_and_without_its_inverse(name: str, inverts: bool) -> None:
     method, shape = BY_NAME[name], shape_of(5)
     state = method.curvature.init(shape)
-    take_update(method.curvature, state, random_statistics(method, 5))
+    update_of(method.curvature, state, random_statistics(method, 5))()
     assert torch.equal(state["left_inverse"][0], torch.eye(5)) != inverts
     assert not torch.equal(state["left_covariance"], torch.zeros(1, 5, 5))
 
@@ -176,6 +176,7 @@ def test_the_picture_has_a_place_of_its_own(
         (["--scaling", "--width", "64"], "takes no width"),
         (["sgd", "--scaling"], "takes no contestants"),
         (["--scaling", "--json", "no/such/x.json"], "no folder"),
+        (["--scaling", "--json", "."], "this is a folder"),
         (["--scaling", "--plot", "no/such/x.png"], "no folder"),
     ],
 )

@@ -42,10 +42,10 @@ class Gradients:
 
     @property
     def in_place(self) -> bool:
-        """Whether ``W`` is a view of its target, as it is of a transposed weight's, too."""
+        """Whether ``W`` of one layer is a view of its target, be that transposed or not."""
         target = self.targets[0]
         viewed = target.is_contiguous() or target.shape == self.W.shape[1:]
-        return not self.copies and self.W.dtype == target.dtype and viewed
+        return self.W.dtype == target.dtype and viewed
 
     def to(self, dtype: torch.dtype) -> Gradients:
         """The same in the arithmetic's dtype."""

@@ -54,6 +54,24 @@ class Call(NamedTuple):
     source: Source
     version: int = 0
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs and output gradients, if both wait to be summed."""
+        a, g = self.sides
+        return (a, g) if isinstance(a, Tensor) and isinstance(g, Tensor) else None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody changed its tensors in place since they came."""
+        kept = self.tensors
+        return kept is None or kept[0]._version + kept[1]._version == self.version
+
+    @property
+    def fits(self) -> bool:
+        """Whether its tensors are its layer's; a subclass may reshape them."""
+        kept = self.tensors
+        return kept is None or self.kind.fits(*kept)
+
 
 class Tray:
     """The calls of a batch of layers.
@@ -93,9 +111,9 @@ class Tray:
     def empty(self) -> None:
         """Add what was kept."""
         found, self._calls, self.task = self._calls, [], None
-        calls = [call for call in found if _is_unchanged(call)]
+        calls = [call for call in found if call.is_unchanged]
         self.trusts = self.trusts and len(calls) == len(found)
-        calls = sorted(filter(_fits, calls), key=attrgetter("layer"))
+        calls = sorted((call for call in calls if call.fits), key=attrgetter("layer"))
         with span("mkor.capture"):
             for run in _runs(calls):
                 self._add(run)
@@ -141,20 +159,6 @@ def _let_go(run: Sequence[Call], sums: PartSums | None) -> None:
     if isinstance(first, Tensor) and first.numel() > SMALL:
         for layer, call in enumerate(run):
             call.source.a = None if sums is None else sums.of(layer)
-
-
-def _is_unchanged(call: Call) -> bool:
-    """Whether nobody changed a call's tensors in place since they came."""
-    a, g = call.sides
-    if isinstance(a, Tensor) and isinstance(g, Tensor):
-        return a._version + g._version == call.version
-    return True
-
-
-def _fits(call: Call) -> bool:
-    """Whether a call's tensors are its layer's; a subclass may reshape them."""
-    a, g = call.sides
-    return not (isinstance(a, Tensor) and isinstance(g, Tensor)) or call.kind.fits(a, g)
 
 
 def _runs(calls: Sequence[Call]) -> list[list[Call]]:

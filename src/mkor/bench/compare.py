@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 
 from .contestants import Contestant, parse_contestants
-from .errors import MissingExtraError, UnknownNameError, UsageError
+from .errors import UnknownNameError, UsageError
 from .files import write_csv, write_json
 from .optimizers import check_all, check_names
+from .places import prepare_folder
 from .progress import make_progress
 from .race import Race, Settings
 from .report import print_conditions, print_report
@@ -112,33 +112,6 @@ def settings_of(arguments: argparse.Namespace, task: Task | None = None) -> Sett
         warmup=arguments.warmup,
         match=arguments.match,
     )
-
-
-def prepare_folder(out: str | None) -> Path | None:
-    """Makes the folder of results before anything runs.
-
-    Args:
-        out: The folder, or None.
-
-    Returns:
-        The folder.
-
-    Raises:
-        MissingExtraError: If the picture cannot be drawn.
-        UsageError: If the folder cannot be made.
-    """
-    if out is None:
-        return None
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "--out with its picture") from error
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error.strerror}.") from error
-    return folder
 
 
 def write_files(race: Race, folder: Path) -> Mapping[str, Path]:

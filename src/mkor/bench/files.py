@@ -48,6 +48,16 @@ def plain(value: object) -> object:
     return str(value)
 
 
+def write_record(value: object, path: Path) -> None:
+    """Writes numbers, texts, mappings and sequences of such as JSON.
+
+    Args:
+        value: The record.
+        path: The file.
+    """
+    path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def settings_record(settings: Settings) -> dict[str, object]:
     """The settings of a race.
 
@@ -112,7 +122,7 @@ def write_json(race: Race, path: Path) -> None:
         race: The race.
         path: The file.
     """
-    path.write_text(json.dumps(record(race), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_record(record(race), path)
 
 
 def write_csv(race: Race, path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +11,8 @@ from pathlib import Path
 import torch
 
 from .compare import checked_contestants, sizes_of
-from .errors import MissingExtraError, UnknownNameError, UsageError
-from .files import FORMAT, plain
+from .errors import UnknownNameError, UsageError
+from .files import FORMAT, write_record
 from .machine import environment
 from .memory import keep_memory
 from .optimizers import check_all
@@ -22,6 +20,7 @@ from .overhead_limits import Limit, Machine, has_limits, limits_of, measure_mach
 from .overhead_models import MODELS, model_subject
 from .overhead_plot import draw
 from .overhead_tables import print_limits, print_timings
+from .places import prepare_file, prepare_picture
 from .processes import processes
 from .progress import make_progress
 from .scaling import scaling
@@ -132,35 +131,7 @@ def write_report(report: Report, path: Path) -> None:
             for label, limits in report.limits.items()
         },
     }
-    path.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
-
-
-def checked_paths(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """Where the figures and the picture go.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        Both files, as far as they are wanted.
-
-    Raises:
-        MissingExtraError: If the picture cannot be drawn.
-        UsageError: If there is no such folder.
-    """
-    found = []
-    for option in ("json", "plot"):
-        name = getattr(arguments, option)
-        path = Path(name) if name else None
-        if path and not path.parent.is_dir():
-            raise UsageError(f"--{option} {path}: there is no folder {path.parent}.")
-        found.append(path)
-    if found[1]:
-        try:
-            importlib.import_module("matplotlib")
-        except ImportError as error:
-            raise MissingExtraError("matplotlib", "--plot") from error
-    return found[0], found[1]
+    write_record(record, path)
 
 
 def overhead(arguments: argparse.Namespace) -> int:
@@ -184,7 +155,8 @@ def overhead(arguments: argparse.Namespace) -> int:
         raise UsageError("--widths goes with --scaling.")
     torch.set_num_threads(arguments.threads)
     contestants = checked_contestants(arguments.contestants)
-    record, picture = checked_paths(arguments)
+    record = prepare_file("--json", arguments.json)
+    picture = prepare_picture("--plot", arguments.plot)
     subject = make_subject(arguments)
     check_all(contestants, subject.build)
     kept = keep_memory()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import FORMAT, plain
+from .files import FORMAT, write_record
 from .machine import environment
 from .page import write_page
 
@@ -254,6 +253,5 @@ def write(points: Sequence[Point], usual: float, out: Path) -> None:
     """
     made = environment()
     record = {"format": FORMAT, "environment": made, "points": [asdict(p) for p in points]}
-    text = json.dumps(plain(record), indent=1, allow_nan=False)
-    (out / "precision.json").write_text(text + "\n", encoding="utf-8")
+    write_record(record, out / "precision.json")
     write_page(out / "precision.md", TITLE, {"precision": ("", page(points, usual, made))})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ import torch
 from .compare import checked_contestants
 from .contestants import Contestant
 from .errors import UsageError
-from .files import FORMAT, plain
+from .files import FORMAT, write_record
 from .machine import environment
 from .optimizers import check_all
+from .places import prepare_file
 from .processes_count import KINDS
 from .processes_launch import run_together
 from .processes_models import subject_of
@@ -193,7 +193,7 @@ def write_traffic(found: Sequence[Traffic], subject: Subject, world: int, path: 
         "units": "bytes per step and process; layers' sizes count the bias as an input",
         "contestants": [_record(traffic) for traffic in found],
     }
-    path.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    write_record(record, path)
 
 
 def _record(traffic: Traffic) -> dict[str, object]:
@@ -239,9 +239,7 @@ def processes(arguments: argparse.Namespace) -> int:
         UsageError: If the figures cannot be written where they should go.
     """
     check_options(arguments)
-    path = Path(arguments.json) if arguments.json else None
-    if path and not path.parent.is_dir():
-        raise UsageError(f"--json {path}: there is no folder {path.parent}.")
+    path = prepare_file("--json", arguments.json)
     torch.set_num_threads(arguments.threads)
     contestants, world = checked_contestants(arguments.contestants), arguments.processes
     subject = subject_of(arguments)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import names, scale, whole
+from .places import prepare_folder
 
 DEFAULT_FOLDER = "results"
 
@@ -99,7 +100,6 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from .compare import prepare_folder
     from .progress import make_progress
 
     torch.set_num_threads(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,9 +11,10 @@ from typing import TextIO
 
 import torch
 
-from .errors import MissingExtraError, UsageError
-from .files import FORMAT, plain
+from .errors import UsageError
+from .files import FORMAT, write_record
 from .machine import environment
+from .places import prepare_file, prepare_picture
 from .progress import make_progress
 from .scaling_fit import FIT_FROM, SENT, Curve
 from .scaling_plot import draw
@@ -49,32 +48,6 @@ def check_options(arguments: argparse.Namespace) -> None:
     for name, default in defaults.items():
         if name not in OWN_OPTIONS and getattr(arguments, name) != default:
             raise UsageError(f"--scaling times one layer by itself and takes no {name}.")
-
-
-def checked_paths(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """Where the figures go: JSON, and a picture beside it unless it has a place of its own.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        Both files, as far as they are wanted.
-
-    Raises:
-        MissingExtraError: If the picture cannot be drawn.
-        UsageError: If there is no such folder.
-    """
-    record = Path(arguments.json) if arguments.json else None
-    picture = Path(arguments.plot) if arguments.plot else record and record.with_suffix(".png")
-    for option, path in (("--json", record), ("--plot", picture)):
-        if path and not path.parent.is_dir():
-            raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
-    if picture:
-        try:
-            importlib.import_module("matplotlib")
-        except ImportError as error:
-            raise MissingExtraError("matplotlib", "--scaling with its picture") from error
-    return record, picture
 
 
 def exponents_of(curve: Curve) -> tuple[str, str]:
@@ -132,7 +105,7 @@ def write_curves(curves: Sequence[Curve], widths: Sequence[int], path: Path) -> 
         "environment": environment(),
         "curves": [asdict(curve) for curve in curves],
     }
-    path.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+    write_record(record, path)
 
 
 def scaling(arguments: argparse.Namespace) -> int:
@@ -145,7 +118,9 @@ def scaling(arguments: argparse.Namespace) -> int:
         The exit status.
     """
     check_options(arguments)
-    record, picture = checked_paths(arguments)
+    record = prepare_file("--json", arguments.json)
+    beside = record and record.with_suffix(".png")
+    picture = prepare_picture("--plot", arguments.plot or beside)
     torch.set_num_threads(arguments.threads)
     widths = arguments.widths or WIDTHS
     with make_progress(sys.stderr, quiet=arguments.quiet) as progress:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -130,17 +131,28 @@ def repeat(work: Work, reset: Work, seconds: float) -> Timed:
     return Timed(statistics.median(times[1:]), len(times) - 1)
 
 
-def take_update(curvature: Curvature, state: dict[str, Tensor], figures: Statistics) -> None:
+def update_of(curvature: Curvature, state: dict[str, Tensor], figures: Statistics) -> Work:
     """An update, with the inversion that goes with it.
 
     Args:
         curvature: The kind of factor.
-        state: Its state, changed in place.
+        state: Its state, changed in place by each call of what is returned.
         figures: The statistics.
+
+    Returns:
+        What takes the update.
     """
-    curvature.update(state, figures)
-    if isinstance(curvature, Inverting) and curvature.due(figures.update):
-        curvature.renew(state, state["updates"] > 0)
+    update = partial(curvature.update, state, figures)
+    # Asking for a protocol takes as long as a small update, so it is asked once.
+    if not isinstance(curvature, Inverting) or not curvature.due(figures.update):
+        return update
+    renew = curvature.renew
+
+    def update_and_renew() -> None:
+        update()
+        renew(state, state["updates"] > 0)
+
+    return update_and_renew
 
 
 def time_parts(method: Method, width: int, seconds: float) -> Iterator[tuple[str, Timed]]:
@@ -163,7 +175,7 @@ def time_parts(method: Method, width: int, seconds: float) -> Iterator[tuple[str
         curvature.apply(curvature.prepare(state, shape), W, None, ok)
 
     works: dict[str, Work] = {
-        "update": lambda: take_update(curvature, state, figures),
+        "update": update_of(curvature, state, figures),
         "precondition": precondition,
     }
     for part in method.parts:
