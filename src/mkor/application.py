@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.batches import Batch
+from mkor.batches import Batch, by_roster
 from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
 from mkor.communication.sharding import Shard
@@ -46,6 +46,8 @@ class _Part:
         use: ``[b]``, which have factors to use in this step.
         ok: ``[b]``, which gradients are to be preconditioned: these are finite as well.
         raw: Copies of the gradients before they are preconditioned, if they will be compared.
+        done: ``[b]``, which were preconditioned.
+        product: ``[b]``, inner products with the raw gradients, if they were asked for.
     """
 
     batch: Batch
@@ -54,10 +56,12 @@ class _Part:
     use: Tensor
     ok: Tensor
     raw: tuple[Tensor, Tensor | None] | None = None
+    done: Tensor = field(init=False)
+    product: Tensor | None = None
 
     @property
     def where(self) -> slice:
-        """Which of the batch's layers they are."""
+        """Which of the roster's layers they are."""
         return self.gradients.where
 
     @property
@@ -71,15 +75,21 @@ class _Part:
             W, b = self.gradients.W, self.gradients.b
             self.raw = (W.clone(), None if b is None else b.clone())
 
-    def product(self) -> Tensor | None:
-        """``[b]``, inner products with the raw gradients; None where nobody asked."""
-        if self.raw is None:
-            return None
-        return linalg.inner(*self.raw, self.gradients.W, self.gradients.b)
+    def apply(self, stage: Stage) -> None:
+        """Precondition them in place."""
+        self.remember(stage)
+        W, b = self.gradients.W, self.gradients.b
+        self.done = self.batch.curvature.apply(self.prepared, W, b, self.ok)
+
+    def compare(self) -> None:
+        """Take the inner products with the raw gradients, if anybody asked."""
+        if self.raw is not None:
+            self.product = linalg.inner(*self.raw, self.gradients.W, self.gradients.b)
+            self.raw = None
 
 
-def measure(batches: Sequence[Batch]) -> list[list[Gradients]]:
-    """Take the norms of the raw gradients, ``last[0]`` of every batch.
+def measure(batches: Sequence[Batch]) -> dict[Batch, list[Gradients]]:
+    """Take the norms of the raw gradients, ``last[0]`` of every roster.
 
     Args:
         batches: The layers.
@@ -87,49 +97,47 @@ def measure(batches: Sequence[Batch]) -> list[list[Gradients]]:
     Returns:
         The gradients of every batch.
     """
-    found = [list(find(batch)) for batch in batches]
-    for batch, gradients in zip(batches, found, strict=True):
-        if not _complete(batch, gradients):
-            batch.last[0] = 0.0
-        for run in neighbours(gradients):
-            batch.last[0, span_of(run)] = norms(run, batch.last.dtype)
+    found = {batch: list(find(batch)) for batch in batches}
+    for roster, group in by_roster(batches):
+        gradients = [some for batch in group for some in found[batch]]
+        if sum(len(some.W) for some in gradients) < len(roster.seen):
+            roster.last[0].zero_()
+        for run in neighbours(gradients, apart=False):
+            roster.last[0, span_of(run)] = norms(run, roster.last.dtype)
     in_lockstep((b.shard, _share_norms(b)) for b in batches if b.shard is not None)
     return found
 
 
 def precondition(
-    batches: Sequence[Batch],
-    gradients: Sequence[list[Gradients]],
+    gradients: Mapping[Batch, Sequence[Gradients]],
     stage: Stage,
     assignment: Assignment | None = None,
 ) -> None:
     """Replace the layers' gradients by ``L^-1 M R^-1``, rescaled, in place.
 
     Args:
-        batches: The layers.
         gradients: Of each batch, as :func:`measure` found them.
         stage: How.
         assignment: Which processes precondition which layers for others; None where each does all.
     """
-    for batch, found in zip(batches, gradients, strict=True):
-        batch.touched = bool(found)
-        batch.done = torch.zeros_like(batch.seen)
-        if batch.touched:
-            batch.measured = batch.watched
-    pairs = list(zip(batches, gradients, strict=True))
-    in_lockstep(_exchanges(pairs, stage))
-    whole = [(batch, g) for batch, g in pairs if batch.shard is None]
+    for roster, group in by_roster(list(gradients)):
+        roster.done.zero_()
+        for batch in group:
+            batch.touched = bool(gradients[batch])
+            if batch.touched:
+                batch.measured = batch.watched
+    sharded = {batch: found for batch, found in gradients.items() if batch.shard is not None}
+    whole = {batch: found for batch, found in gradients.items() if batch.shard is None}
+    in_lockstep(
+        (part.batch.shard, _sharded(part, part.batch.shard, stage))
+        for part in _parts(sharded, stage)
+        if part.batch.shard is not None
+    )
     if assignment is not None and assignment.shares_gradients:
-        _assigned(
-            [part for batch, g in whole for part in _parts(batch, g, stage)], stage, assignment
-        )
+        _assigned(list(_parts(whole, stage)), stage, assignment)
         return
-    for batch, found in whole:
-        for run in neighbours(_parts(batch, found, stage)):
-            done = torch.cat([_apply(part, stage) for part in run])
-            products = [product for part in run if (product := part.product()) is not None]
-            norm = norms([part.gradients for part in run], batch.last.dtype)
-            _finish(run, stage, done, norm, torch.cat(products) if products else None)
+    for run in neighbours(_applied(_parts(whole, stage), stage)):
+        _finish(run, stage, norms([part.gradients for part in run], run[0].batch.last.dtype))
 
 
 def scale(batch: Batch, factor: Tensor) -> None:
@@ -148,18 +156,11 @@ def scale(batch: Batch, factor: Tensor) -> None:
             torch._foreach_mul_([g for g, _ in found], [by.to(g.dtype) for g, by in found])
 
 
-def _apply(part: _Part, stage: Stage) -> Tensor:
-    part.remember(stage)
-    return part.batch.curvature.apply(part.prepared, part.gradients.W, part.gradients.b, part.ok)
-
-
-def _exchanges(
-    pairs: Sequence[tuple[Batch, list[Gradients]]], stage: Stage
-) -> Iterator[tuple[Shard, Exchange]]:
-    for batch, gradients in pairs:
-        if batch.shard is not None:
-            for part in _parts(batch, gradients, stage):
-                yield batch.shard, _sharded(part, batch.shard, stage)
+def _applied(parts: Iterable[_Part], stage: Stage) -> Iterator[_Part]:
+    for part in parts:
+        part.apply(stage)
+        part.compare()
+        yield part
 
 
 def _sharded(part: _Part, shard: Shard, stage: Stage) -> Exchange:
@@ -167,30 +168,32 @@ def _sharded(part: _Part, shard: Shard, stage: Stage) -> Exchange:
     part.remember(stage)
     curvature, W, b = part.batch.curvature, part.gradients.W, part.gradients.b
     projected = yield curvature.project(part.prepared, W, b, shard.block)
-    done = curvature.complete(part.prepared, W, b, projected, part.ok, shard.block)
+    part.done = curvature.complete(part.prepared, W, b, projected, part.ok, shard.block)
     # Squares of large numbers leave the range of float32.
     square = linalg.joint_norm(W, b).double().square()
-    product = part.product()
-    product = torch.zeros_like(square) if product is None else product.double()
+    part.compare()
+    product = torch.zeros_like(square) if part.product is None else part.product.double()
     square, product = (yield torch.stack((square, product))).unbind()
-    _finish([part], stage, done, square.sqrt().to(W.dtype), product.to(W.dtype))
+    part.product = product.to(W.dtype)
+    _finish([part], stage, square.sqrt().to(W.dtype))
 
 
-def _assigned(parts: list[_Part], stage: Stage, assignment: Assignment) -> None:
+def _assigned(parts: Sequence[_Part], stage: Stage, assignment: Assignment) -> None:
     """Precondition this process's share, and take the rest from others."""
-    outcome = []
     for part in parts:
-        mine = assignment.preconditions(_inverter(part))
-        done = _apply(part, stage) if mine else torch.zeros_like(part.use)
-        if not mine:
+        if assignment.preconditions(_inverter(part)):
+            part.apply(stage)
+        else:
             part.remember(stage)
-        outcome.append((part, part.gradients, done))
+            part.done = torch.zeros_like(part.use)
     assignment.share_gradients(
-        (_inverter(part), [t for t in (some.W, some.b, done) if t is not None])
-        for part, some, done in outcome
+        (_inverter(part), [t for t in (some.W, some.b, part.done) if t is not None])
+        for part in parts
+        for some in (part.gradients,)
     )
-    for part, some, done in outcome:
-        _finish([part], stage, done, linalg.joint_norm(some.W, some.b), part.product())
+    for part in parts:
+        part.compare()
+        _finish([part], stage, linalg.joint_norm(part.gradients.W, part.gradients.b))
 
 
 def _inverter(part: _Part) -> int:
@@ -198,33 +201,44 @@ def _inverter(part: _Part) -> int:
     return part.batch.inverter or 0
 
 
-def _finish(
-    parts: Sequence[_Part], stage: Stage, done: Tensor, norm: Tensor, product: Tensor | None
-) -> None:
-    """Rescale neighbours, write their gradients, and keep the figures."""
-    batch, here = parts[0].batch, span_of(parts)
-    raw = batch.last[0, here]
-    batch.last[1, here] = norm
-    if product is not None:
-        batch.last[2, here] = product
-    batch.done[here] = done
+def _finish(parts: Sequence[_Part], stage: Stage, norm: Tensor) -> None:
+    """Rescale neighbours, write their gradients, and keep the figures.
+
+    Args:
+        parts: With products.
+        stage: How.
+        norm: ``[b]``, of what was preconditioned.
+    """
+    roster, here = parts[0].batch.roster, span_of(parts)
+    done = linalg.joined([part.done for part in parts])
+    roster.last[1, here] = norm
+    for part in parts:
+        if part.product is not None:
+            roster.last[2, part.where] = part.product
+    roster.done[here] = done
     if not linalg.all_hold(done):
-        batch.refused[1, here] += torch.cat([part.use for part in parts]) & ~done
-    ratio = _ratio(batch, here, raw, norm, done, stage.rescale)
+        roster.refused[1, here] += linalg.joined([part.use for part in parts]) & ~done
+    momentum = parts[0].batch.curvature.momentum
+    ratio = _ratio(roster.norms[here], roster.last[0, here], norm, done, momentum, stage.rescale)
     write([part.gradients for part in parts], ratio)
 
 
 def _ratio(
-    batch: Batch, where: slice, raw: Tensor, norm: Tensor, keep: Tensor, rescale: str | None
+    average: Tensor,
+    raw: Tensor,
+    norm: Tensor,
+    done: Tensor,
+    momentum: float,
+    rescale: str | None,
 ) -> Tensor:
-    old = batch.state["norms"][where]
-    moved = linalg.momentum_average(old, torch.stack((raw, norm), 1), batch.curvature.momentum)
-    old.copy_(linalg.where(keep, moved, old))
+    """``[b]``, what preconditioned gradients are multiplied with; the running norms move."""
+    moved = linalg.momentum_average(average, torch.stack((raw, norm), 1), momentum)
+    average.copy_(linalg.where(done, moved, average))
     if rescale is None:
         return torch.ones_like(raw)
     if rescale == "running":
-        raw, norm = old.unbind(1)
-    return linalg.where(keep, linalg.norm_ratio(raw, norm), 1.0)
+        raw, norm = average.unbind(1)
+    return linalg.where(done, linalg.norm_ratio(raw, norm), 1.0)
 
 
 def _ready(batch: Batch) -> list[int]:
@@ -236,41 +250,45 @@ def _ready(batch: Batch) -> list[int]:
     ]
 
 
-def _parts(batch: Batch, gradients: Sequence[Gradients], stage: Stage) -> Iterator[_Part]:
-    if not gradients:
-        return
-    use = batch.state["updates"] > 0
-    if stage.due:
-        use = use & batch.seen & batch.finite
-    ok = use & (batch.last[0] < math.inf)
-    first, beyond = gradients[0].where.start, gradients[-1].where.stop
-    whole = beyond - first == len(batch.layers)
-    spanned = batch.state if whole else {k: v[first:beyond] for k, v in batch.state.items()}
-    prepared = batch.curvature.prepare(spanned, batch.shape)
-    # In one call each: many layers' rows taken one by one cost as much as their products.
-    lengths = _lengths(gradients)
-    rows = {key: linalg.cut(tensor, lengths) for key, tensor in prepared.items()}
-    uses, oks = (linalg.cut(mask[first:beyond], lengths) for mask in (use, ok))
-    place = 0
-    for some in gradients:
-        place += some.where.start > first
-        first = some.where.stop
-        mine = {key: pieces[place] for key, pieces in rows.items()}
-        yield _Part(batch, some.to(batch.last.dtype), mine, uses[place], oks[place])
-        place += 1
+def _parts(gradients: Mapping[Batch, Sequence[Gradients]], stage: Stage) -> Iterator[_Part]:
+    used = [batch for batch, found in gradients.items() if found]
+    for roster, group in by_roster(used):
+        use = roster.updates > 0
+        if stage.due:
+            use = use & roster.seen & roster.finite
+        ok = use & (roster.last[0] < math.inf)
+        pairs = [(_spanned(batch, gradients[batch]), batch.shape) for batch in group]
+        each = group[0].curvature.prepare_all(pairs)
+        # In one call each: many layers' rows taken one by one cost as much as their products.
+        marks = _marks([some for batch in group for some in gradients[batch]], 0, len(use))
+        uses, oks = (dict(zip(marks, _cut(mask, marks), strict=False)) for mask in (use, ok))
+        for batch, prepared in zip(group, each, strict=True):
+            marks = _marks(gradients[batch])
+            rows = {key: _cut(tensor, marks) for key, tensor in prepared.items()}
+            for some in gradients[batch]:
+                place = some.where.start
+                mine = {key: pieces[marks.index(place)] for key, pieces in rows.items()}
+                yield _Part(batch, some.to(batch.last.dtype), mine, uses[place], oks[place])
 
 
-def _lengths(gradients: Sequence[Gradients]) -> list[int]:
-    """Lengths of stretches of layers, those without gradients between others too."""
-    ends = [(some.where.start, some.where.stop) for some in gradients]
-    marks = sorted({mark for end in ends for mark in end})
-    return [stop - start for start, stop in pairwise(marks)]
+def _spanned(batch: Batch, gradients: Sequence[Gradients]) -> dict[str, Tensor]:
+    """The state of a batch's layers from the first with a gradient to the last."""
+    first, beyond = (
+        place - batch.span.start for place in (gradients[0].where.start, gradients[-1].where.stop)
+    )
+    if beyond - first == len(batch.layers):
+        return batch.state
+    return {key: tensor[first:beyond] for key, tensor in batch.state.items()}
 
 
-def _complete(batch: Batch, gradients: Sequence[Gradients]) -> bool:
-    """Whether every layer of a batch has a gradient."""
-    covered: int = sum(some.where.stop - some.where.start for some in gradients)
-    return covered == len(batch.layers)
+def _marks(gradients: Sequence[Gradients], *more: int) -> list[int]:
+    """Where stretches of layers begin and end, those without gradients between others too."""
+    ends = [mark for some in gradients for mark in (some.where.start, some.where.stop)]
+    return sorted({*ends, *more})
+
+
+def _cut(tensor: Tensor, marks: Sequence[int]) -> Sequence[Tensor]:
+    return linalg.cut(tensor, [stop - start for start, stop in pairwise(marks)])
 
 
 def _share_norms(batch: Batch) -> Exchange:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from mkor import linalg
 from mkor.communication.sharding import Shard
-from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
+from mkor.curvature.contract import SIDES, BatchShape, Curvature, Inverting, Statistics
 from mkor.gate import Site
+from mkor.roster import Counted, Roster
 from mkor.selection import Layer
 from mkor.slots import Slots
-from mkor.tray import META, Tray
+from mkor.tray import Tray
 
-__all__ = ["Batch", "fingerprint"]
+__all__ = ["Batch", "by_roster", "counts_of", "fingerprint"]
 
 
 class Batch:
@@ -28,6 +30,8 @@ class Batch:
         curvature: Their kind of factor.
         slots: Where their sums lie.
         buffer: The flat buffer that these lie in.
+        roster: Where what is known of each layer is kept.
+        span: Which of its layers these are.
         update: 0-dim tensor on the same device, the number of updates so far.
         shard: Which part of each is stored here; None for all of it.
         inverter: The process that inverts their covariances for others; None where each does.
@@ -38,6 +42,7 @@ class Batch:
             not captured has no vectors. Covariances follow the ``k`` vectors.
         g: ``[B, k, d_out]``, sums of raw output gradients likewise.
         meta: ``[B, 3 + k]``, see :class:`mkor.gate.Site`.
+        last, seen, fed, done, refused: The layers' part of the roster's.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class Batch:
         curvature: Curvature,
         slots: Slots,
         buffer: Tensor,
+        roster: Roster,
+        span: slice,
         update: Tensor,
         shard: Shard | None = None,
         inverter: int | None = None,
@@ -76,20 +83,12 @@ class Batch:
         ]
         self.skipped = [False] * B
         self.watched = self.measured = False
-        self.state = self._initial()
-        self.seen = torch.zeros(B, dtype=torch.bool, device=shape.device)
-        self.finite = torch.ones_like(self.seen)
-        # 0-dim: whether any layer's statistics or gradients are not finite.
-        self.bad = torch.zeros_like(self.seen.any())
-        # Whether any layer was preconditioned in this step, and which.
+        self.roster, self.span = roster, span
+        self.last, self.refused = roster.last[:, span], roster.refused[:, span]
+        self.seen, self.fed, self.done = roster.seen[span], roster.fed[span], roster.done[span]
+        # Whether any layer was preconditioned in this step.
         self.touched = False
-        # Which layers had data in the last update.
-        self.fed = torch.ones_like(self.seen)
-        self.done = torch.zeros_like(self.seen)
-        # Rows: norm of the raw and of the preconditioned gradient, their inner product.
-        self.last = torch.zeros(3, B, dtype=shape.dtype, device=shape.device)
-        # Rows: updates refused for non-finite statistics, gradients passed raw for the same reason.
-        self.refused = torch.zeros(2, B, dtype=torch.int64, device=shape.device)
+        self.state = self._initial()
 
     def release(self) -> None:
         """Free the factors of layers that are left to the base; keys and shapes stay."""
@@ -101,19 +100,19 @@ class Batch:
         }
 
     def reset(self) -> None:
-        """Start the factors anew, released ones too; what is known of the outputs stays."""
+        """Start anew after the roster, released factors too; what is known of the outputs stays."""
         output = self.state["output"]
         self.state = self._initial()
         self.state["output"].copy_(output)
 
     def _initial(self) -> dict[str, Tensor]:
         B, shape = len(self.layers), self.shape
-        norms = torch.zeros(B, 2, dtype=shape.dtype, device=shape.device)
+        norms, updates = self.roster.norms[self.span], self.roster.updates[self.span]
         output = torch.full((B,), -1, dtype=torch.int8, device=shape.device)
         state = self.curvature.init(shape)
         if not self.keeps and isinstance(self.curvature, Inverting):
             state = self.curvature.without_inverses(state)
-        return {**state, "norms": norms, "output": output}
+        return {**state, "updates": updates, "norms": norms, "output": output}
 
     def fingerprint(self) -> Tensor:
         """A number that other factors would not have; inverses that follow from them apart.
@@ -143,56 +142,41 @@ class Batch:
         if len(totals[self.slots.buffer]) > 1:
             self.a, self.g, self.meta = self.slots.joined(totals)
 
-    def check(self) -> None:
-        """See which layers have data, and whether statistics and gradients are finite."""
-        squares_a, squares_g, rows = self.meta[:, :META].unbind(1)
-        self.seen = rows > 0
-        # None is negative, and NaN is not below infinity.
-        self.finite = squares_a + squares_g + self.last[0] < math.inf
-        self.bad = ~self.finite.all()
-
-    def update(self, refuse: Tensor, scale: float | Tensor, number: int) -> None:
-        """Give this step's statistics to the curvature.
+    def statistics(self, counted: Counted, refuse: Tensor, number: int) -> Statistics:
+        """This step's statistics.
 
         Args:
+            counted: What follows from the layers' counts and squares.
             refuse: 0-dim, whether the step's batch is bad and nothing is learned from it.
-            scale: What raw ``g`` is multiplied with beside the number of rows.
             number: Updates of the optimizer before this one.
-        """
-        if all(self.skipped):
-            return
-        self.fed = self.seen
-        accept = self.seen & ~refuse
-        statistics = self._statistics(accept, refuse, scale, number)
-        self.curvature.update(self.state, statistics)
-        if not statistics.whole:
-            self.refused[0] += self.seen & refuse
 
-    def _statistics(
-        self, accept: Tensor, refuse: Tensor, scale: float | Tensor, number: int
-    ) -> Statistics:
-        counts = self.meta[:, META:]
-        squares_a, squares_g, total = self.meta[:, :META].unbind(1)
-        rows, used = counts.clamp(min=1), counts.sum(1).clamp_(min=1)
-        g_scale = total * scale
-        k = counts.shape[1]
-        vectors, mean_square, covariance = {}, {}, {}
+        Returns:
+            What the curvature learns from.
+        """
+        rows, used, scale = counted.rows, counted.used, counted.scale
+        k = rows.shape[1]
+        vectors, covariance = {}, {}
         if "left" in self.shape.sides:
-            vectors["left"] = self.g[:, :k] * (g_scale.unsqueeze(1) / rows).unsqueeze(-1)
-            mean_square["left"] = squares_g * g_scale.square() / (used * self.shape.d_out)
+            vectors["left"] = self.g[:, :k] * (scale.unsqueeze(1) / rows).unsqueeze(-1)
             if self.curvature.covariance:
-                covariance["left"] = self.g[:, k:] * (g_scale.square() / used).view(-1, 1, 1)
+                covariance["left"] = self.g[:, k:] * (scale.square() / used).view(-1, 1, 1)
         if "right" in self.shape.sides:
             vectors["right"] = self.a[:, :k] / rows.unsqueeze(-1)
-            ones = used if self.shape.bias else 0.0
-            mean_square["right"] = (squares_a + ones) / (used * self.shape.full_width("right"))
             if self.curvature.covariance:
                 second = self.a[:, k:] / used.view(-1, 1, 1)
                 bias = self.shape.bias
                 covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
-        filled = counts > 0
-        whole = linalg.all_hold(accept, filled)
-        return Statistics(vectors, mean_square, filled, accept, number, refuse, covariance, whole)
+        squares = dict(zip(SIDES, counted.squares, strict=True))
+        return Statistics(
+            vectors,
+            {side: squares[side] for side in vectors},
+            counted.filled,
+            counted.accept,
+            number,
+            refuse,
+            covariance,
+            counted.whole,
+        )
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.
@@ -215,6 +199,31 @@ class Batch:
             for i, layer in enumerate(self.layers)
             if not self.skipped[i]
         }
+
+
+def by_roster(batches: Sequence[Batch]) -> Iterator[tuple[Roster, list[Batch]]]:
+    """Batches that share a roster, together.
+
+    Args:
+        batches: As they were allocated.
+
+    Yields:
+        Each roster with its batches, in order.
+    """
+    for roster, group in groupby(batches, key=attrgetter("roster")):
+        yield roster, list(group)
+
+
+def counts_of(batches: Sequence[Batch]) -> Tensor:
+    """Counts and squares of all layers of a roster.
+
+    Args:
+        batches: All of its batches.
+
+    Returns:
+        ``[N, 3 + k]``.
+    """
+    return linalg.joined([batch.meta for batch in batches])
 
 
 def fingerprint(batches: Sequence[Batch], updates: int) -> str:

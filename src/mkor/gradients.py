@@ -25,7 +25,7 @@ class Gradients:
     """Gradients of neighbouring layers of a batch, which are handled together.
 
     Attributes:
-        where: Which of its layers they are.
+        where: Which of the roster's layers they are.
         W: ``[b, d_out, d_in]``, or blocks of it: a view of one layer's, or copies of small ones.
         b: ``[b, d_out]`` likewise; None where there is none.
         targets: The layers' own gradients: of one layer, or of those that were copied.
@@ -72,7 +72,8 @@ def find(batch: Batch) -> Iterator[Gradients]:
     # Of the whole: blocks differ in size, but must be exchanged in the same order.
     small = batch.shape.d_out * batch.shape.d_in < STACK_BELOW
     for start, run in _runs(pairs, joined=small):
-        where = slice(start, start + len(run))
+        first = batch.span.start + start
+        where = slice(first, first + len(run))
         if len(run) > 1:
             yield _copied(where, run, size, width, batch.last.dtype)
         else:
@@ -103,18 +104,29 @@ def _copied(
 
 
 def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
-    """Joint norms of the weights and biases of neighbouring layers.
+    """Joint norms of the weights and biases of layers.
 
     Args:
         gradients: Of the layers.
         dtype: Of the arithmetic.
 
     Returns:
-        ``[b]``.
+        ``[b]``, in their order.
     """
-    first = gradients[0]
-    if len(gradients) == 1 and not first.alone:
-        return linalg.joint_norm(first.W, first.b)
+    lone = [some for some in gradients if len(some.W) == 1]
+    if len(lone) == len(gradients):
+        return _norms_of(lone, dtype)
+    each = iter(_norms_of(lone, dtype).split(1) if lone else ())
+    return linalg.joined(
+        [
+            next(each) if len(some.W) == 1 else linalg.joint_norm(some.W, some.b)
+            for some in gradients
+        ]
+    )
+
+
+def _norms_of(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
+    """Those of one layer each, in one call for all weights and one for all biases."""
     found = torch.stack(torch._foreach_norm([some.W for some in gradients], 2, dtype))
     if all(some.b is None for some in gradients):
         return found
@@ -149,22 +161,24 @@ def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:
         torch._foreach_mul_(scaled, factors)
 
 
-def neighbours(parts: Iterable[Any]) -> Iterator[list[Any]]:
-    """Join parts of a batch whose layers follow each other.
+def neighbours(parts: Iterable[Any], *, apart: bool = True) -> Iterator[list[Any]]:
+    """Join parts whose layers follow each other in their roster, of several batches too.
 
     Args:
         parts: In order, each with ``where`` and ``alone``.
+        apart: Whether those that need copies are kept apart.
 
     Yields:
-        Runs; those that need copies one by one.
+        Runs.
     """
     run: list[Any] = []
     for part in parts:
-        if run and (run[-1].where.stop != part.where.start or part.alone):
+        alone = apart and part.alone
+        if run and (run[-1].where.stop != part.where.start or alone):
             yield run
             run = []
         run.append(part)
-        if part.alone:
+        if alone:
             yield run
             run = []
     if run:

@@ -14,6 +14,7 @@ from mkor.communication.sharding import Shard, shard_of
 from mkor.curvature.contract import SIDES, BatchShape, Curvature
 from mkor.gate import Gate
 from mkor.renewal import inverters
+from mkor.roster import Roster
 from mkor.selection import Layer
 from mkor.slots import slots_for
 
@@ -64,6 +65,7 @@ def allocate(
                 end = plans[-1][2].end
         buffers.append(torch.zeros(end, dtype=dtype, device=device))
         update = torch.zeros((), dtype=torch.int64, device=device)
+        roster = Roster([shape for _, shape, *_ in plans])
         batches += [
             Batch(
                 group,
@@ -71,12 +73,14 @@ def allocate(
                 curvature,
                 slots,
                 buffers[-1],
+                roster,
+                span,
                 update,
                 shard,
                 rank,
                 assignment is None or assignment.preconditions(rank or 0),
             )
-            for group, shape, slots, shard, rank in plans
+            for (group, shape, slots, shard, rank), span in zip(plans, roster.spans, strict=True)
         ]
     return batches, buffers
 

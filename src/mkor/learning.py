@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mkor.batches import Batch
+from mkor.batches import Batch, by_roster, counts_of
 from mkor.communication.assignment import Assignment
 from mkor.curvature.contract import Inverting
 from mkor.renewal import renew
@@ -31,11 +31,21 @@ def learn(
         inverting: Their kind of factor, if it inverts apart from updating.
         assignment: Who inverts what for others; None where every process does all.
     """
-    bad = [batch.bad for batch in batches]
-    if not bad:
+    if not batches:
         return
+    groups = [(roster, group, counts_of(group)) for roster, group in by_roster(batches)]
+    for roster, _, counts in groups:
+        roster.check(counts)
+    bad = [roster.bad for roster, *_ in groups]
     refuse = bad[0] if len(bad) == 1 else torch.stack([b.to(bad[0].device) for b in bad]).any()
-    for batch in batches:
-        batch.update(refuse.to(batch.shape.device), scale, number)
+    for roster, group, counts in groups:
+        here = refuse.to(counts.device)
+        counted = roster.count(counts, here, scale)
+        pairs = [
+            (batch.state, batch.statistics(numbers, here, number))
+            for batch, numbers in zip(group, counted, strict=True)
+            if not all(batch.skipped)
+        ]
+        group[0].curvature.update_all(pairs)
     if inverting is not None and inverting.due(number):
         renew(batches, inverting, refuse, assignment)

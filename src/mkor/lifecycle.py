@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
+from mkor.batches import by_roster
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import check_sharding, reshard
 from mkor.concord import Concord
@@ -140,8 +141,10 @@ class Lifecycle:
             self.active = True
             self._watch.close()
             self._watch = self._build()
-        for batch in self._watch.batches:
-            batch.reset()
+        for roster, group in by_roster(self._watch.batches):
+            roster.reset()
+            for batch in group:
+                batch.reset()
         if self.switch is not None:
             self.switch.reset()
         self._renew_entries()

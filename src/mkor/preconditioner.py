@@ -8,6 +8,7 @@ import torch
 
 from mkor import checkpoint
 from mkor.application import Stage, measure, precondition
+from mkor.batches import Batch
 from mkor.clipping import clip_kl, gradients_finite
 from mkor.communication.sharding import reshard
 from mkor.communication.uneven import share_last
@@ -54,7 +55,7 @@ class Preconditioner(Lifecycle):
             gradients = self._update(due)
         with span("mkor.precondition"):
             stage = Stage(due, options.rescale, compare=options.kl_clip is not None)
-            precondition(watch.batches, gradients, stage, watch.assignment)
+            precondition(gradients, stage, watch.assignment)
             if options.kl_clip is not None:
                 clip_kl(watch.batches, self._base.param_groups, options.kl_clip)
         self.steps += 1
@@ -110,11 +111,9 @@ class Preconditioner(Lifecycle):
         """Drop what was captured since the last step."""
         self._watch.forget()
 
-    def _update(self, due: bool) -> list[list[Gradients]]:
+    def _update(self, due: bool) -> dict[Batch, list[Gradients]]:
         batches = self._watch.batches
         gradients = measure(batches)
-        for batch in batches:
-            batch.check()
         if due:
             scale = 1.0 / (self.loss_scale * self.communicator.world_size)
             learn(batches, scale, self.updates, self._inverting, self._watch.assignment)

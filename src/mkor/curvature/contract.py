@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["SIDES", "BatchShape", "Block", "Curvature", "Inverting", "Statistics"]
+__all__ = ["SIDES", "BatchShape", "Block", "Curvature", "Inverting", "OneByOne", "Statistics"]
 
 SIDES = ("left", "right")
 
@@ -145,8 +146,16 @@ class Curvature(Protocol):
     def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
         """Take one update in place, without synchronising the device."""
 
+    def update_all(self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+        """:meth:`update` for batches of several shapes on one device."""
+
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """What :meth:`apply` needs, with one row per layer."""
+
+    def prepare_all(
+        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """:meth:`prepare` for batches of several shapes on one device, each when it is its turn."""
 
     def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
         """Turn ``[W b]`` into ``L^-1 [W b] R^-1`` in place, with rows of what was prepared.
@@ -189,6 +198,33 @@ class Curvature(Protocol):
 
     def cost(self, shape: BatchShape) -> int:
         """Floating-point operations of :meth:`apply` for one layer."""
+
+
+class OneByOne:
+    """Batches of several shapes one after the other, for kinds of factor whose work is products."""
+
+    def update_all(self: Curvature, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+        """Take an update of every batch.
+
+        Args:
+            pairs: Each batch's state, changed in place, and its statistics.
+        """
+        for state, statistics in pairs:
+            self.update(state, statistics)
+
+    def prepare_all(
+        self: Curvature, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """What applying needs.
+
+        Args:
+            pairs: Each batch's state and shape.
+
+        Yields:
+            What :meth:`Curvature.prepare` returns.
+        """
+        for state, shape in pairs:
+            yield self.prepare(state, shape)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
-from mkor.curvature.contract import BatchShape, Block, Statistics
+from mkor.curvature.contract import BatchShape, Block, OneByOne, Statistics
 from mkor.curvature.explicit import (
     apply_inverses,
     complete_inverses,
@@ -68,7 +68,7 @@ def rule_of(name: str, gamma: float) -> Rule:
 
 
 @dataclass(frozen=True)
-class DenseInverse:
+class DenseInverse(OneByOne):
     """Explicit inverses by rank-1 updates (the paper, Algorithm 1, lines 5-8).
 
     State, per side: ``inverse [B, d, d]``, symmetric to the last bit, the identity at first; for

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.curvature.checks import check_fraction, check_positive
-from mkor.curvature.contract import SIDES, BatchShape, Block, Statistics
+from mkor.curvature.contract import SIDES, BatchShape, Block, OneByOne, Statistics
 
 __all__ = ["RankOne"]
 
 
 @dataclass(frozen=True)
-class RankOne:
+class RankOne(OneByOne):
     """One averaged mean vector per side.
 
     State, per side: ``vector [B, d]``, the average with momentum of the means over all rows, not

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.curvature.checks import check_counts, check_fraction, check_positive
-from mkor.curvature.contract import SIDES, BatchShape, Block, Statistics
+from mkor.curvature.contract import SIDES, BatchShape, Block, OneByOne, Statistics
 from mkor.curvature.explicit import (
     apply_inverses,
     complete_inverses,
@@ -29,7 +29,7 @@ MOST = 1e12
 
 
 @dataclass(frozen=True)
-class Covariance:
+class Covariance(OneByOne):
     """Kronecker factors from full covariances (Martens & Grosse 2015; Pauloski et al. 2021).
 
     ``A`` and ``G`` are averages of ``a a^T`` and ``g g^T`` over all rows, with momentum, corrected

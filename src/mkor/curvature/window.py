@@ -11,6 +11,7 @@ dropped. The window is a ring buffer; its Gram matrix ``V V^T`` is kept up to da
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from mkor import linalg
 from mkor.curvature.blocks import complete_window, project_window
 from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
 from mkor.curvature.contract import BatchShape, Block, Statistics
+from mkor.memo import memo
 
 __all__ = ["Window"]
 
@@ -103,37 +105,67 @@ class Window:
             state: Changed in place; layers that do not accept stay as they are.
             statistics: Of this update.
         """
+        self.update_all([(state, statistics)])
+
+    def update_all(self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+        """:meth:`update` for batches of several shapes; what is small is done for all at once.
+
+        Args:
+            pairs: Each batch's state, changed in place, and its statistics; all have as many slots.
+        """
+        whole = [pair for pair in pairs if pair[1].whole]
+        if whole:
+            self._update_whole(whole)
+        for state, statistics in pairs:
+            if not statistics.whole:
+                self._update_some(state, statistics)
+
+    def _update_whole(self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+        """Where all layers accept and all slots are filled."""
+        states, k = [state for state, _ in pairs], pairs[0][1].filled.shape[1]
+        sizes = tuple(len(state["updates"]) for state in states)
+        written, weights = ([state[key] for state in states] for key in ("written", "weights"))
+        newest = linalg.joined(written).unsqueeze(1)
+        places = (newest + torch.arange(k, device=newest.device)) % self.rank
+        numbers = (places + _first_rows(sizes, self.rank, places.device)).flatten()
+        aged = linalg.joined(weights).mul_(self.momentum)
+        aged.scatter_(1, places, (1.0 - self.momentum) / k)
+        if len(states) > 1:
+            torch._foreach_copy_(weights, aged.split(sizes))
+        torch._foreach_add_(written, k)
+        torch._foreach_add_([state["updates"] for state in states], 1)
+        cuts = linalg.cut(places, sizes), linalg.cut(numbers, [k * size for size in sizes])
+        averages, squares = [], []
+        for (state, statistics), here, rows in zip(pairs, *cuts, strict=True):
+            for side, vectors in statistics.vectors.items():
+                self._write(state, side, vectors, here, rows, None)
+                averages.append(state[f"{side}_mean_square"])
+                squares.append(statistics.mean_square[side])
+        torch._foreach_lerp_(averages, squares, 1.0 - self.momentum)
+
+    def _update_some(self, state: dict[str, Tensor], statistics: Statistics) -> None:
+        """Where layers may refuse, or slots be empty."""
         weights, written = state["weights"], state["written"]
         accept, filled = statistics.accept, statistics.filled
-        k = filled.shape[1]
-        slot = torch.arange(k, device=accept.device)
-        if statistics.whole:
-            new = None
-            places = (written.unsqueeze(1) + slot) % self.rank
-            weights.mul_(self.momentum).scatter_(1, places, (1.0 - self.momentum) / k)
-            state["updates"] += 1
-            written += k
-        else:
-            made = filled.sum(1)
-            # Filled slots take the next places in order; the others write back what is after them.
-            upto = filled.cumsum(1)
-            order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
-            places = (written.unsqueeze(1) + order) % self.rank
-            new = filled & accept.unsqueeze(1)
-            aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
-            fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
-            fresh = torch.where(new, fresh, aged.gather(1, places))
-            weights.copy_(aged.scatter_(1, places, fresh))
-            state["updates"] += accept
-            written += torch.where(accept, made, 0)
-        # By number, whole rows are copied much faster than single entries.
-        first = self.rank * torch.arange(len(places), device=places.device)
-        numbers = (places + first.unsqueeze(1)).flatten()
+        slot = torch.arange(filled.shape[1], device=accept.device)
+        made = filled.sum(1)
+        # Filled slots take the next places in order; the others write back what is after them.
+        upto = filled.cumsum(1)
+        order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
+        places = (written.unsqueeze(1) + order) % self.rank
+        new = filled & accept.unsqueeze(1)
+        aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
+        fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
+        fresh = torch.where(new, fresh, aged.gather(1, places))
+        weights.copy_(aged.scatter_(1, places, fresh))
+        state["updates"] += accept
+        written += torch.where(accept, made, 0)
+        numbers = (places + _first_rows((len(places),), self.rank, places.device)).flatten()
         for side, vectors in statistics.vectors.items():
             self._write(state, side, vectors, places, numbers, new)
             average = state[f"{side}_mean_square"]
             moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)
-            average.copy_(moved if new is None else torch.where(accept, moved, average))
+            average.copy_(torch.where(accept, moved, average))
 
     def _write(
         self,
@@ -190,23 +222,46 @@ class Window:
             ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and unless
             all are known to be finite ``usable [B]``: whether they are; where not, they are 0.
         """
-        sides, B = shape.sides, len(state["updates"])
-        # Both sides' r x r problems are solved as one batch.
-        gram = torch.cat([state[f"{side}_gram"] for side in sides])
-        if shape.bias and "right" in sides:
-            gram[-B:] += 1.0
+        return next(self.prepare_all([(state, shape)]))
+
+    def prepare_all(
+        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """:meth:`prepare` for batches of several shapes; all ``r x r`` problems are one batch.
+
+        Args:
+            pairs: Each batch's windows and shape.
+
+        Yields:
+            What :meth:`prepare` returns.
+        """
+        each = [(state, shape, side) for state, shape in pairs for side in shape.sides]
+        sizes = tuple(len(state["updates"]) for state, *_ in each)
+        gram = torch.cat([state[f"{side}_gram"] for state, _, side in each])
+        biases = tuple(shape.bias and side == "right" for _, shape, side in each)
+        if any(biases):
+            gram += _ones_of(biases, sizes, gram.dtype, gram.device)
         # Weights and mean squares are averages over the same updates: their corrections cancel.
-        damping = self.damping * torch.cat([state[f"{side}_mean_square"] for side in sides])
-        K, s = linalg.whitening_root(gram, torch.cat([state["weights"] for _ in sides]), damping)
-        roots = dict(zip(sides, zip(K.split(B), s.split(B), strict=True), strict=True))
-        U = {side: self._whitened(state, side, *roots[side]) for side in sides}
-        sums = torch.stack([U[side].sum((1, 2)) for side in sides])
-        usable = sums.sum(0).abs() < math.inf
-        if shape.bias and "right" in sides:
-            ones = torch.ones_like(s[:B].unsqueeze(-1))
+        squares = linalg.joined([state[f"{side}_mean_square"] for state, _, side in each])
+        weights = linalg.joined([state["weights"] for state, *_ in each])
+        K, s = linalg.whitening_root(gram, weights, self.damping * squares)
+        roots = zip(linalg.cut(K, sizes), linalg.cut(s, sizes), strict=True)
+        for state, shape in pairs:
+            yield self._whiten(state, shape, {side: next(roots) for side in shape.sides})
+
+    def _whiten(
+        self, state: dict[str, Tensor], shape: BatchShape, roots: dict[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What :meth:`prepare` returns, from each side's ``K`` and ``s``."""
+        U = {side: self._whitened(state, side, *roots[side]) for side in shape.sides}
+        finite = linalg.all_finite(*U.values())
+        usable = None if finite else torch.stack([rows.sum((1, 2)) for rows in U.values()]).sum(0)
+        if shape.bias and "right" in roots:
+            ones = torch.ones_like(roots["right"][1].unsqueeze(-1))
             U["bias"] = linalg.whitened(*roots["right"], ones).squeeze(-1)
-        if linalg.all_hold(usable):
+        if usable is None:
             return U
+        usable = usable.abs() < math.inf
         # A damaged window must not reach the gradient; 0 times NaN would.
         U = {key: linalg.where(usable, rows, 0.0) for key, rows in U.items()}
         return {**U, "usable": usable}
@@ -327,3 +382,19 @@ class Window:
         average = state[f"{side}_mean_square"]
         steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
         return self.damping * average / steps
+
+
+@memo(maxsize=64)
+def _first_rows(sizes: tuple[int, ...], rank: int, device: torch.device) -> Tensor:
+    """``[N, 1]``: by number, whole rows of rings are copied much faster than single entries."""
+    first = [rank * i for size in sizes for i in range(size)]
+    return torch.tensor(first, device="cpu").unsqueeze(1).to(device, non_blocking=True)
+
+
+@memo(maxsize=64)
+def _ones_of(
+    biases: tuple[bool, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``[N, 1, 1]``: what the ones of a bias add to each product of two vectors."""
+    added = [float(bias) for bias, size in zip(biases, sizes, strict=True) for _ in range(size)]
+    return torch.tensor(added, dtype=dtype, device="cpu").view(-1, 1, 1).to(device)

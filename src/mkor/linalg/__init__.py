@@ -12,10 +12,13 @@ Shapes, used everywhere in the package; ``B`` layers of one shape form a batch:
 from __future__ import annotations
 
 from mkor.linalg.basics import (
+    all_finite,
     all_hold,
     append_ones,
     bias_correction,
     cut,
+    held,
+    joined,
     momentum_average,
     times,
     where,
@@ -42,13 +45,16 @@ from mkor.linalg.windows import (
 )
 
 __all__ = [
+    "all_finite",
     "all_hold",
     "append_ones",
     "bias_correction",
     "bilinear",
     "cut",
     "damped_inverse",
+    "held",
     "inner",
+    "joined",
     "joint_norm",
     "kl_scale",
     "largest_entry",

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "all_finite",
     "all_hold",
     "append_ones",
     "bias_correction",
     "cut",
+    "held",
+    "joined",
     "momentum_average",
     "times",
     "where",
@@ -29,6 +32,42 @@ def all_hold(*masks: Tensor) -> bool:
         False on a GPU, and while code is compiled.
     """
     return all(_readable(mask) and bool(mask.all()) for mask in masks)
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether tensors hold neither infinities nor NaN, as far as that is known without waiting.
+
+    Args:
+        tensors: Whose sums do not leave the dtype's range.
+
+    Returns:
+        False on a GPU, and while code is compiled.
+    """
+    return all(_readable(tensor) and math.isfinite(tensor.sum().item()) for tensor in tensors)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other along the first dimension; one alone is itself, no copy.
+
+    Args:
+        tensors: At least one.
+
+    Returns:
+        ``[n, ...]``.
+    """
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def held(mask: Tensor) -> list[bool]:
+    """Where a mask holds, as far as that is known without waiting for a device.
+
+    Args:
+        mask: ``[n]`` bool.
+
+    Returns:
+        Its entries; False everywhere on a GPU, and while code is compiled.
+    """
+    return mask.tolist() if _readable(mask) else [False] * len(mask)
 
 
 def _readable(mask: Tensor) -> bool:

@@ -30,7 +30,7 @@ def whitening_root(gram: Tensor, weights: Tensor, damping: Tensor) -> tuple[Tens
     side is the identity.
 
     Args:
-        gram: ``[B, r, r]``, the inner products ``V V^T`` of the unweighted vectors.
+        gram: ``[B, r, r]``, the inner products ``V V^T`` of the unweighted vectors; overwritten.
         weights: ``[B, r]``, ``w_i``, at least 0.
         damping: ``[B]``, ``lambda``, at least 0.
 
@@ -39,7 +39,7 @@ def whitening_root(gram: Tensor, weights: Tensor, damping: Tensor) -> tuple[Tens
     """
     damping = damping.unsqueeze(-1)
     s = torch.where(damping > 0, weights / damping, 0.0).sqrt_()
-    S = (gram * s.unsqueeze(-1)).mul_(s.unsqueeze(-2))
+    S = gram.mul_(s.unsqueeze(-1)).mul_(s.unsqueeze(-2))
     S.diagonal(dim1=-2, dim2=-1).add_(1.0)
     K, failed = torch.linalg.cholesky_ex(S)
     return K, where(failed == 0, s, torch.nan)

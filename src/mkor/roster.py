@@ -1,0 +1,138 @@
+"""What is known of every layer in a step, one entry each, for all batches of a device together.
+
+A net has a few shapes or dozens. Products need a batch for each shape, but what is a number or a
+short row per layer does not: an operation takes the same few microseconds for one shape as for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from mkor import linalg
+from mkor.curvature.contract import BatchShape
+from mkor.tray import META
+
+__all__ = ["Counted", "Roster"]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What follows from the counts and squares of a step, for some layers.
+
+    Attributes:
+        rows: ``[B, k]``, rows in each vector's sum, at least 1.
+        used: ``[B]``, rows in all of them, at least 1.
+        scale: ``[B]``, what raw output gradients are multiplied with.
+        squares: Mean squares ``[B]`` of the left and of the right side.
+        filled: ``[B, k]``, which slots hold a vector.
+        accept: ``[B]``, which layers learn from the step.
+        whole: Whether all slots of all these layers are filled and accepted, as far as that is
+            known without waiting for the device.
+    """
+
+    rows: Tensor
+    used: Tensor
+    scale: Tensor
+    squares: tuple[Tensor, Tensor]
+    filled: Tensor
+    accept: Tensor
+    whole: bool
+
+
+class Roster:
+    """Layers of all shapes on one device, with one dtype of arithmetic.
+
+    Args:
+        shapes: Of the batches, in their order.
+
+    Attributes:
+        spans: Where each batch's layers are.
+        last: ``[3, N]``: norm of the raw and of the preconditioned gradient, their inner product.
+        updates: ``[N]``, how many each layer has taken; part of the batches' state, as norms are.
+        norms: ``[N, 2]``, running norms of both gradients.
+        seen: ``[N]``, which layers had data in the step.
+        fed: ``[N]``, the same in the last update.
+        finite: ``[N]``, whether statistics and raw gradient are finite.
+        bad: 0-dim, whether any layer's are not.
+        done: ``[N]``, which layers were preconditioned.
+        refused: ``[2, N]``: updates refused for non-finite statistics, gradients passed raw for the
+            same reason.
+    """
+
+    def __init__(self, shapes: Sequence[BatchShape]) -> None:
+        sizes = [shape.layers for shape in shapes]
+        ends = list(accumulate(sizes, initial=0))
+        self.spans = [slice(i, j) for i, j in pairwise(ends)]
+        self._sizes, N = sizes, ends[-1]
+        dtype, device = shapes[0].dtype, shapes[0].device
+
+        def each(numbers: Sequence[int]) -> Tensor:
+            layers = [n for n, size in zip(numbers, sizes, strict=True) for _ in range(size)]
+            return torch.tensor(layers, dtype=dtype, device=device)
+
+        self._d_out = each([shape.d_out for shape in shapes])
+        self._d_in = each([shape.full_width("right") for shape in shapes])
+        self._ones = each([shape.bias for shape in shapes])
+        self.last = torch.zeros(3, N, dtype=dtype, device=device)
+        self.reset()
+        self.seen = torch.zeros(N, dtype=torch.bool, device=device)
+        self.fed, self.finite = torch.ones_like(self.seen), torch.ones_like(self.seen)
+        self.done = torch.zeros_like(self.seen)
+        self.bad = torch.zeros_like(self.seen.any())
+        self.refused = torch.zeros(2, N, dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Start what is part of the batches' state anew; old tensors may be about to be loaded."""
+        N = self.last.shape[1]
+        self.updates = self.last.new_zeros(N, dtype=torch.int64)
+        self.norms = self.last.new_zeros(N, 2)
+
+    def check(self, meta: Tensor) -> None:
+        """See which layers have data, and whether statistics and gradients are finite.
+
+        Args:
+            meta: ``[N, 3 + k]``, see :class:`mkor.gate.Site`.
+        """
+        squares_a, squares_g, rows = meta[:, :META].unbind(1)
+        torch.gt(rows, 0, out=self.seen)
+        # None is negative, and NaN is not below infinity.
+        torch.lt(squares_a + squares_g + self.last[0], math.inf, out=self.finite)
+        self.bad = ~self.finite.all()
+
+    def count(self, meta: Tensor, refuse: Tensor, scale: float | Tensor) -> list[Counted]:
+        """What follows from the counts and squares of a step, once it was checked.
+
+        Args:
+            meta: ``[N, 3 + k]``.
+            refuse: 0-dim, whether the step's batch is bad and nothing is learned from it.
+            scale: What raw ``g`` is multiplied with beside the number of rows.
+
+        Returns:
+            For each batch.
+        """
+        counts = meta[:, META:]
+        squares_a, squares_g, total = meta[:, :META].unbind(1)
+        rows, used = counts.clamp(min=1), counts.sum(1).clamp_(min=1)
+        g_scale = total * scale
+        left = squares_g * g_scale.square() / (used * self._d_out)
+        right = (squares_a + used * self._ones) / (used * self._d_in)
+        learn, filled = ~refuse, counts > 0
+        accept = self.seen & learn
+        whole = linalg.held(filled.all(1).logical_and_(accept))
+        self.fed.copy_(self.seen)
+        if not linalg.all_hold(learn):
+            self.refused[0] += self.seen & refuse
+        numbers = (rows, used, g_scale, left, right, filled, accept)
+        pieces = zip(*(linalg.cut(number, self._sizes) for number in numbers), strict=True)
+        return [
+            Counted(rows, used, scale, (left, right), filled, accept, all(whole[span]))
+            for span, (rows, used, scale, left, right, filled, accept) in zip(
+                self.spans, pieces, strict=True
+            )
+        ]
