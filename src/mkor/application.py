@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
 from mkor.communication.sharding import Shard
 from mkor.gradients import Gradients, find, neighbours, norms, span_of, write
+from mkor.roster import Roster
 
 __all__ = ["Stage", "measure", "precondition", "scale"]
 
@@ -76,10 +78,11 @@ class _Part:
             self.raw = (W.clone(), None if b is None else b.clone())
 
     def apply(self, stage: Stage) -> None:
-        """Precondition them in place."""
+        """Precondition them in place; what was prepared for that is then let go."""
         self.remember(stage)
         W, b = self.gradients.W, self.gradients.b
         self.done = self.batch.curvature.apply(self.prepared, W, b, self.ok)
+        self.prepared = {}
 
     def compare(self) -> None:
         """Take the inner products with the raw gradients, if anybody asked."""
@@ -123,8 +126,7 @@ def precondition(
     for roster, group in by_roster(list(gradients)):
         roster.done.zero_()
         for batch in group:
-            batch.touched = bool(gradients[batch])
-            if batch.touched:
+            if gradients[batch]:
                 batch.measured = batch.watched
     sharded = {batch: found for batch, found in gradients.items() if batch.shard is not None}
     whole = {batch: found for batch, found in gradients.items() if batch.shard is None}
@@ -136,24 +138,30 @@ def precondition(
     if assignment is not None and assignment.shares_gradients:
         _assigned(list(_parts(whole, stage)), stage, assignment)
         return
-    for run in neighbours(_applied(_parts(whole, stage), stage)):
-        _finish(run, stage, norms([part.gradients for part in run], run[0].batch.last.dtype))
+    for roster, parts in groupby(_applied(_parts(whole, stage), stage), attrgetter("batch.roster")):
+        for run in neighbours(parts):
+            _finish(run, stage, norms([part.gradients for part in run], roster.last.dtype))
 
 
-def scale(batch: Batch, factor: Tensor) -> None:
+def scale(roster: Roster, batches: Sequence[Batch], factor: Tensor) -> None:
     """Multiply the gradients that were just preconditioned; the others stay as they are.
 
     Args:
-        batch: The layers.
+        roster: What is known of the layers.
+        batches: The layers.
         factor: 0-dim.
     """
-    factors = torch.where(batch.done, factor, 1.0).unbind()
-    ready = _ready(batch)
-    for place in (0, 1):
-        pairs = [(batch.layers[i].gradients[place], factors[i]) for i in ready]
-        found = [(gradient, by) for gradient, by in pairs if gradient is not None]
-        if found:
-            torch._foreach_mul_([g for g, _ in found], [by.to(g.dtype) for g, by in found])
+    factors = torch.where(roster.done, factor, 1.0).unbind()
+    pairs = [
+        (gradient, factors[batch.span.start + i])
+        for batch in batches
+        for i in _ready(batch)
+        for gradient in batch.layers[i].gradients
+        if gradient is not None
+    ]
+    for dtype in dict.fromkeys(gradient.dtype for gradient, _ in pairs):
+        found = [(gradient, by) for gradient, by in pairs if gradient.dtype == dtype]
+        torch._foreach_mul_([g for g, _ in found], [by.to(dtype) for _, by in found])
 
 
 def _applied(parts: Iterable[_Part], stage: Stage) -> Iterator[_Part]:
@@ -261,13 +269,13 @@ def _parts(gradients: Mapping[Batch, Sequence[Gradients]], stage: Stage) -> Iter
         each = group[0].curvature.prepare_all(pairs)
         # In one call each: many layers' rows taken one by one cost as much as their products.
         marks = _marks([some for batch in group for some in gradients[batch]], 0, len(use))
-        uses, oks = (dict(zip(marks, _cut(mask, marks), strict=False)) for mask in (use, ok))
+        uses, oks = (_cut(mask, marks) for mask in (use, ok))
         for batch, prepared in zip(group, each, strict=True):
-            marks = _marks(gradients[batch])
-            rows = {key: _cut(tensor, marks) for key, tensor in prepared.items()}
+            rows = {key: _cut(x, _marks(gradients[batch])) for key, x in prepared.items()}
+            del prepared
             for some in gradients[batch]:
                 place = some.where.start
-                mine = {key: pieces[marks.index(place)] for key, pieces in rows.items()}
+                mine = {key: pieces.pop(place) for key, pieces in rows.items()}
                 yield _Part(batch, some.to(batch.last.dtype), mine, uses[place], oks[place])
 
 
@@ -287,8 +295,10 @@ def _marks(gradients: Sequence[Gradients], *more: int) -> list[int]:
     return sorted({*ends, *more})
 
 
-def _cut(tensor: Tensor, marks: Sequence[int]) -> Sequence[Tensor]:
-    return linalg.cut(tensor, [stop - start for start, stop in pairwise(marks)])
+def _cut(tensor: Tensor, marks: Sequence[int]) -> dict[int, Tensor]:
+    """Stretches by where they begin."""
+    pieces = linalg.cut(tensor, [stop - start for start, stop in pairwise(marks)])
+    return dict(zip(marks, pieces, strict=False))
 
 
 def _share_norms(batch: Batch) -> Exchange:

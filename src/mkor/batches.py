@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.communication.sharding import Shard
-from mkor.curvature.contract import SIDES, BatchShape, Curvature, Inverting, Statistics
+from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
 from mkor.gate import Site
 from mkor.roster import Counted, Roster
 from mkor.selection import Layer
@@ -86,9 +86,18 @@ class Batch:
         self.roster, self.span = roster, span
         self.last, self.refused = roster.last[:, span], roster.refused[:, span]
         self.seen, self.fed, self.done = roster.seen[span], roster.fed[span], roster.done[span]
-        # Whether any layer was preconditioned in this step.
-        self.touched = False
         self.state = self._initial()
+
+    def leave(self, skipped: Sequence[bool]) -> None:
+        """Leave layers to the base.
+
+        Args:
+            skipped: Which; if all, their factors are freed.
+        """
+        self.skipped = list(skipped)
+        self.roster.kept[self.span] = ~torch.tensor(self.skipped, device="cpu")
+        if all(self.skipped):
+            self.release()
 
     def release(self) -> None:
         """Free the factors of layers that are left to the base; keys and shapes stay."""
@@ -153,23 +162,22 @@ class Batch:
         Returns:
             What the curvature learns from.
         """
-        rows, used, scale = counted.rows, counted.used, counted.scale
-        k = rows.shape[1]
+        rows, used, k = counted.rows, counted.used, counted.rows.shape[1]
         vectors, covariance = {}, {}
         if "left" in self.shape.sides:
-            vectors["left"] = self.g[:, :k] * (scale.unsqueeze(1) / rows).unsqueeze(-1)
+            vectors["left"] = self.g[:, :k] * counted.g_means.unsqueeze(-1)
             if self.curvature.covariance:
-                covariance["left"] = self.g[:, k:] * (scale.square() / used).view(-1, 1, 1)
+                scale = counted.g_scale.square() / used
+                covariance["left"] = self.g[:, k:] * scale.view(-1, 1, 1)
         if "right" in self.shape.sides:
             vectors["right"] = self.a[:, :k] / rows.unsqueeze(-1)
             if self.curvature.covariance:
                 second = self.a[:, k:] / used.view(-1, 1, 1)
                 bias = self.shape.bias
                 covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
-        squares = dict(zip(SIDES, counted.squares, strict=True))
         return Statistics(
             vectors,
-            {side: squares[side] for side in vectors},
+            {side: getattr(counted, side) for side in vectors},
             counted.filled,
             counted.accept,
             number,
@@ -205,7 +213,7 @@ def by_roster(batches: Sequence[Batch]) -> Iterator[tuple[Roster, list[Batch]]]:
     """Batches that share a roster, together.
 
     Args:
-        batches: As they were allocated.
+        batches: As they were allocated, those of one roster next to each other.
 
     Yields:
         Each roster with its batches, in order.

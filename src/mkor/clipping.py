@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mkor import linalg
 from mkor.application import scale
-from mkor.batches import Batch
+from mkor.batches import Batch, by_roster
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import local
 
 __all__ = ["clip_kl", "gradients_finite"]
 
 
-def clip_kl(batches: Iterable[Batch], groups: Sequence[dict[str, object]], limit: float) -> None:
+def clip_kl(batches: Sequence[Batch], groups: Sequence[dict[str, object]], limit: float) -> None:
     """Multiply all preconditioned gradients by ``nu = min(1, sqrt(kappa / |sum lr^2 <P, M>|))``.
 
     KAISA's and Eva's stage in place of rescaling. The sum runs over the layers that were
@@ -28,17 +28,18 @@ def clip_kl(batches: Iterable[Batch], groups: Sequence[dict[str, object]], limit
         limit: ``kappa``.
     """
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}  # type: ignore[attr-defined]
-    touched = [batch for batch in batches if batch.touched]
-    products = []
-    for batch in touched:
-        lr = _tensor([rates[id(layer.weight)] for layer in batch.layers], batch.last)
-        products.append(torch.where(batch.done, lr.square() * batch.last[2], 0.0).sum())
-    if not products:
+    rosters = list(by_roster(batches))
+    if not rosters:
         return
+    products = []
+    for roster, group in rosters:
+        layers = [layer for batch in group for layer in batch.layers]
+        lr = _tensor([rates[id(layer.weight)] for layer in layers], roster.last)
+        products.append(torch.where(roster.done, lr.square() * roster.last[2], 0.0).sum())
     total = torch.stack([product.to(products[0]) for product in products]).sum()
     nu = linalg.kl_scale(total, limit)
-    for batch in touched:
-        scale(batch, nu.to(batch.last))
+    for roster, group in rosters:
+        scale(roster, group, nu.to(roster.last))
 
 
 def _tensor(rates: list[object], like: Tensor) -> Tensor:

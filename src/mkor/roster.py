@@ -28,8 +28,9 @@ class Counted:
     Attributes:
         rows: ``[B, k]``, rows in each vector's sum, at least 1.
         used: ``[B]``, rows in all of them, at least 1.
-        scale: ``[B]``, what raw output gradients are multiplied with.
-        squares: Mean squares ``[B]`` of the left and of the right side.
+        g_scale: ``[B]``, what raw output gradients are multiplied with.
+        g_means: ``[B, k]``, what their sums are multiplied with.
+        left, right: ``[B]``, mean squares of the sides.
         filled: ``[B, k]``, which slots hold a vector.
         accept: ``[B]``, which layers learn from the step.
         whole: Whether all slots of all these layers are filled and accepted, as far as that is
@@ -38,8 +39,10 @@ class Counted:
 
     rows: Tensor
     used: Tensor
-    scale: Tensor
-    squares: tuple[Tensor, Tensor]
+    g_scale: Tensor
+    g_means: Tensor
+    left: Tensor
+    right: Tensor
     filled: Tensor
     accept: Tensor
     whole: bool
@@ -56,10 +59,11 @@ class Roster:
         last: ``[3, N]``: norm of the raw and of the preconditioned gradient, their inner product.
         updates: ``[N]``, how many each layer has taken; part of the batches' state, as norms are.
         norms: ``[N, 2]``, running norms of both gradients.
-        seen: ``[N]``, which layers had data in the step.
-        fed: ``[N]``, the same in the last update.
-        finite: ``[N]``, whether statistics and raw gradient are finite.
-        bad: 0-dim, whether any layer's are not.
+        kept: ``[N]``, which layers are not left to the base.
+        seen: ``[N]``, which layers had data, in the last step with statistics.
+        fed: ``[N]``, the same when the factors last learned.
+        finite: ``[N]``, whether statistics and raw gradient were finite in that step.
+        bad: 0-dim, whether any layer's were not.
         done: ``[N]``, which layers were preconditioned.
         refused: ``[2, N]``: updates refused for non-finite statistics, gradients passed raw for the
             same reason.
@@ -83,7 +87,7 @@ class Roster:
         self.reset()
         self.seen = torch.zeros(N, dtype=torch.bool, device=device)
         self.fed, self.finite = torch.ones_like(self.seen), torch.ones_like(self.seen)
-        self.done = torch.zeros_like(self.seen)
+        self.done, self.kept = torch.zeros_like(self.seen), torch.ones_like(self.seen)
         self.bad = torch.zeros_like(self.seen.any())
         self.refused = torch.zeros(2, N, dtype=torch.int64, device=device)
 
@@ -127,12 +131,9 @@ class Roster:
         whole = linalg.held(filled.all(1).logical_and_(accept))
         self.fed.copy_(self.seen)
         if not linalg.all_hold(learn):
-            self.refused[0] += self.seen & refuse
-        numbers = (rows, used, g_scale, left, right, filled, accept)
-        pieces = zip(*(linalg.cut(number, self._sizes) for number in numbers), strict=True)
-        return [
-            Counted(rows, used, scale, (left, right), filled, accept, all(whole[span]))
-            for span, (rows, used, scale, left, right, filled, accept) in zip(
-                self.spans, pieces, strict=True
-            )
-        ]
+            self.refused[0] += self.seen & refuse & self.kept
+        means = g_scale.unsqueeze(1) / rows
+        numbers = (rows, used, g_scale, means, left, right, filled, accept)
+        pieces = [linalg.cut(number, self._sizes) for number in numbers]
+        flags = [all(whole[span]) for span in self.spans]
+        return list(map(Counted, *pieces, flags))

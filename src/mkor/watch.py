@@ -198,9 +198,7 @@ class Watch:
         if not flags or any(flag < 0 for group in flags for flag in group):
             return
         for batch, group in zip(self.batches, flags, strict=True):
-            batch.skipped = [self._skip_output and bool(flag) for flag in group]
-            if all(batch.skipped):
-                batch.release()
+            batch.leave([self._skip_output and bool(flag) for flag in group])
         if all(all(batch.skipped) for batch in self.batches):
             warnings.warn(
                 "no layer of this model is preconditioned: all that could be are next to the "

@@ -26,6 +26,9 @@ from mkor.memo import memo
 
 __all__ = ["Window"]
 
+TOGETHER = 1 << 20
+"""Most entries of ``r x r`` matrices factored together, unless one batch alone has more."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -113,59 +116,75 @@ class Window:
         Args:
             pairs: Each batch's state, changed in place, and its statistics; all have as many slots.
         """
-        whole = [pair for pair in pairs if pair[1].whole]
-        if whole:
-            self._update_whole(whole)
-        for state, statistics in pairs:
-            if not statistics.whole:
-                self._update_some(state, statistics)
+        for whole in (True, False):
+            alike = [pair for pair in pairs if pair[1].whole == whole]
+            if alike:
+                self._update_alike(alike, whole)
 
-    def _update_whole(self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
-        """Where all layers accept and all slots are filled."""
-        states, k = [state for state, _ in pairs], pairs[0][1].filled.shape[1]
+    def _update_alike(
+        self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]], whole: bool
+    ) -> None:
+        """Where all layers accept and all slots are filled, or where some may not."""
+        states, figures = zip(*pairs, strict=True)
         sizes = tuple(len(state["updates"]) for state in states)
-        written, weights = ([state[key] for state in states] for key in ("written", "weights"))
-        newest = linalg.joined(written).unsqueeze(1)
-        places = (newest + torch.arange(k, device=newest.device)) % self.rank
+        accept = None if whole else linalg.joined([each.accept for each in figures])
+        filled = linalg.joined([each.filled for each in figures])
+        places, new = self._age(states, filled, accept)
+        k = places.shape[1]
         numbers = (places + _first_rows(sizes, self.rank, places.device)).flatten()
-        aged = linalg.joined(weights).mul_(self.momentum)
-        aged.scatter_(1, places, (1.0 - self.momentum) / k)
-        if len(states) > 1:
-            torch._foreach_copy_(weights, aged.split(sizes))
-        torch._foreach_add_(written, k)
-        torch._foreach_add_([state["updates"] for state in states], 1)
-        cuts = linalg.cut(places, sizes), linalg.cut(numbers, [k * size for size in sizes])
-        averages, squares = [], []
-        for (state, statistics), here, rows in zip(pairs, *cuts, strict=True):
+        rows = linalg.cut(numbers, [k * size for size in sizes])
+        news = (None,) * len(sizes) if new is None else linalg.cut(new, sizes)
+        cuts = zip(pairs, linalg.cut(places, sizes), rows, news, strict=True)
+        for (state, statistics), slots, lines, some in cuts:
             for side, vectors in statistics.vectors.items():
-                self._write(state, side, vectors, here, rows, None)
-                averages.append(state[f"{side}_mean_square"])
-                squares.append(statistics.mean_square[side])
-        torch._foreach_lerp_(averages, squares, 1.0 - self.momentum)
+                self._write(state, side, vectors, slots, lines, some)
+        for side in figures[0].vectors:
+            averages = [state[f"{side}_mean_square"] for state in states]
+            average = linalg.joined(averages)
+            square = linalg.joined([each.mean_square[side] for each in figures])
+            moved = linalg.momentum_average(average, square, self.momentum)
+            if accept is not None:
+                moved = torch.where(accept, moved, average)
+            torch._foreach_copy_(averages, linalg.cut(moved, sizes))
 
-    def _update_some(self, state: dict[str, Tensor], statistics: Statistics) -> None:
-        """Where layers may refuse, or slots be empty."""
-        weights, written = state["weights"], state["written"]
-        accept, filled = statistics.accept, statistics.filled
-        slot = torch.arange(filled.shape[1], device=accept.device)
-        made = filled.sum(1)
-        # Filled slots take the next places in order; the others write back what is after them.
-        upto = filled.cumsum(1)
-        order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
-        places = (written.unsqueeze(1) + order) % self.rank
-        new = filled & accept.unsqueeze(1)
-        aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
-        fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
-        fresh = torch.where(new, fresh, aged.gather(1, places))
-        weights.copy_(aged.scatter_(1, places, fresh))
-        state["updates"] += accept
-        written += torch.where(accept, made, 0)
-        numbers = (places + _first_rows((len(places),), self.rank, places.device)).flatten()
-        for side, vectors in statistics.vectors.items():
-            self._write(state, side, vectors, places, numbers, new)
-            average = state[f"{side}_mean_square"]
-            moved = linalg.momentum_average(average, statistics.mean_square[side], self.momentum)
-            average.copy_(torch.where(accept, moved, average))
+    def _age(
+        self, states: Sequence[dict[str, Tensor]], filled: Tensor, accept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Make room for new vectors: older ones lose weight, the oldest their places.
+
+        Args:
+            states: The windows, ``N`` in all, changed in place.
+            filled: ``[N, k]``, where a vector comes.
+            accept: ``[N]``, which layers take theirs; None if all do, and all slots are filled.
+
+        Returns:
+            ``[N, k]``: where in its ring each slot goes, and whether a vector does; None for all.
+        """
+        keys = ("written", "weights", "updates")
+        each = [[state[key] for state in states] for key in keys]
+        written, weights, updates = (linalg.joined(tensors) for tensors in each)
+        slot = torch.arange(filled.shape[1], device=filled.device)
+        if accept is None:
+            new, k = None, filled.shape[1]
+            places = (written.unsqueeze(1) + slot) % self.rank
+            aged = (weights * self.momentum).scatter_(1, places, (1.0 - self.momentum) / k)
+            moved = (written + k, aged, updates + 1)
+        else:
+            made = filled.sum(1)
+            # Filled slots take the next places in order; the others write back what comes after.
+            upto = filled.cumsum(1)
+            order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
+            places = (written.unsqueeze(1) + order) % self.rank
+            new = filled & accept.unsqueeze(1)
+            aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
+            fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
+            fresh = torch.where(new, fresh, aged.gather(1, places))
+            aged.scatter_(1, places, fresh)
+            moved = (written + torch.where(accept, made, 0), aged, updates + accept)
+        sizes = [len(state["updates"]) for state in states]
+        for tensors, values in zip(each, moved, strict=True):
+            torch._foreach_copy_(tensors, linalg.cut(values, sizes))
+        return places, new
 
     def _write(
         self,
@@ -235,19 +254,40 @@ class Window:
         Yields:
             What :meth:`prepare` returns.
         """
+        stretch: list[tuple[dict[str, Tensor], BatchShape]] = []
+        entries = 0
+        for state, shape in pairs:
+            size = len(state["updates"]) * len(shape.sides) * self.rank**2
+            if stretch and entries + size > TOGETHER:
+                yield from self._prepare_stretch(stretch)
+                stretch, entries = [], 0
+            stretch.append((state, shape))
+            entries += size
+        if stretch:
+            yield from self._prepare_stretch(stretch)
+
+    def _prepare_stretch(
+        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
+    ) -> Iterator[dict[str, Tensor]]:
+        roots = self._roots(pairs)
+        for state, shape in pairs:
+            yield self._whiten(state, shape, {side: next(roots) for side in shape.sides})
+
+    def _roots(
+        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``K`` and ``s`` of each side of each batch, see :func:`mkor.linalg.whitening_root`."""
         each = [(state, shape, side) for state, shape in pairs for side in shape.sides]
-        sizes = tuple(len(state["updates"]) for state, *_ in each)
+        sizes = [len(state["updates"]) for state, *_ in each]
         gram = torch.cat([state[f"{side}_gram"] for state, _, side in each])
-        biases = tuple(shape.bias and side == "right" for _, shape, side in each)
-        if any(biases):
-            gram += _ones_of(biases, sizes, gram.dtype, gram.device)
+        for (_, shape, side), products in zip(each, linalg.cut(gram, sizes), strict=True):
+            if shape.bias and side == "right":
+                products += 1.0
         # Weights and mean squares are averages over the same updates: their corrections cancel.
         squares = linalg.joined([state[f"{side}_mean_square"] for state, _, side in each])
         weights = linalg.joined([state["weights"] for state, *_ in each])
         K, s = linalg.whitening_root(gram, weights, self.damping * squares)
-        roots = zip(linalg.cut(K, sizes), linalg.cut(s, sizes), strict=True)
-        for state, shape in pairs:
-            yield self._whiten(state, shape, {side: next(roots) for side in shape.sides})
+        return zip(linalg.cut(K, sizes), linalg.cut(s, sizes), strict=True)
 
     def _whiten(
         self, state: dict[str, Tensor], shape: BatchShape, roots: dict[str, tuple[Tensor, Tensor]]
@@ -385,16 +425,6 @@ class Window:
 
 
 @memo(maxsize=64)
-def _first_rows(sizes: tuple[int, ...], rank: int, device: torch.device) -> Tensor:
+def _first_rows(sizes: Sequence[int], rank: int, device: torch.device) -> Tensor:
     """``[N, 1]``: by number, whole rows of rings are copied much faster than single entries."""
-    first = [rank * i for size in sizes for i in range(size)]
-    return torch.tensor(first, device="cpu").unsqueeze(1).to(device, non_blocking=True)
-
-
-@memo(maxsize=64)
-def _ones_of(
-    biases: tuple[bool, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """``[N, 1, 1]``: what the ones of a bias add to each product of two vectors."""
-    added = [float(bias) for bias, size in zip(biases, sizes, strict=True) for _ in range(size)]
-    return torch.tensor(added, dtype=dtype, device="cpu").view(-1, 1, 1).to(device)
+    return torch.cat([rank * torch.arange(size, device=device) for size in sizes]).unsqueeze(1)

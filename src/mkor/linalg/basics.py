@@ -90,7 +90,7 @@ def where(mask: Tensor, x: Tensor, other: Tensor | float) -> Tensor:
     return torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, other)
 
 
-def cut(x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+def cut(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
     """Stretches along the first dimension; where it is all one, in no time.
 
     Args:
@@ -100,7 +100,7 @@ def cut(x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
     Returns:
         Views.
     """
-    return (x,) if len(lengths) == 1 else x.split(list(lengths))
+    return (x,) if len(lengths) == 1 else tuple(x.split(list(lengths)))
 
 
 def times(A: Tensor, x: Tensor) -> Tensor:
