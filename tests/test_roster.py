@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mkor
 from mkor import application
+from mkor.batches import Batch
 from mkor.curvature.window import Window
 
 F64 = torch.float64
@@ -258,3 +259,21 @@ def test_refused_updates_are_those_of_the_layers():
     figures = optimizer.diagnostics()
     layers = [value for key, value in figures.items() if key.endswith("/refused_updates")]
     assert figures["mkor/refused_updates"] == 9 == sum(layers) - 9
+
+
+def test_covariances_are_made_one_after_the_other(monkeypatch):
+    """They are as large as the factors."""
+    made, alive = [], []
+    statistics = Batch.statistics
+
+    def watched(*args):
+        alive.append(sum(tensor() is not None for tensor in made))
+        found = statistics(*args)
+        made.extend(weakref.ref(tensor) for tensor in found.covariance.values())
+        return found
+
+    monkeypatch.setattr(Batch, "statistics", watched)
+    trained(WRAPS["kfac"], [()] * 2)
+    # Left and right, of the one before.
+    assert len(made) > 2 * 2 * 3
+    assert max(alive) <= 2

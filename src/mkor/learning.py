@@ -41,11 +41,11 @@ def learn(
     for roster, group, counts in groups:
         here = refuse.to(counts.device)
         counted = roster.count(counts, here, scale)
-        pairs = [
+        # One after the other: covariances are as large as the factors.
+        group[0].curvature.update_all(
             (batch.state, batch.statistics(numbers, here, number))
             for batch, numbers in zip(group, counted, strict=True)
             if not all(batch.skipped)
-        ]
-        group[0].curvature.update_all(pairs)
+        )
     if inverting is not None and inverting.due(number):
         renew(batches, inverting, refuse, assignment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -146,7 +146,7 @@ class Curvature(Protocol):
     def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
         """Take one update in place, without synchronising the device."""
 
-    def update_all(self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+    def update_all(self, pairs: Iterable[tuple[dict[str, Tensor], Statistics]]) -> None:
         """:meth:`update` for batches of several shapes on one device."""
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class Curvature(Protocol):
 class OneByOne:
     """Batches of several shapes one after the other, for kinds of factor whose work is products."""
 
-    def update_all(self: Curvature, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+    def update_all(self: Curvature, pairs: Iterable[tuple[dict[str, Tensor], Statistics]]) -> None:
         """Take an update of every batch.
 
         Args:

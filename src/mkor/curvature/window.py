@@ -11,7 +11,7 @@ dropped. The window is a ring buffer; its Gram matrix ``V V^T`` is kept up to da
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,14 +110,15 @@ class Window:
         """
         self.update_all([(state, statistics)])
 
-    def update_all(self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]]) -> None:
+    def update_all(self, pairs: Iterable[tuple[dict[str, Tensor], Statistics]]) -> None:
         """:meth:`update` for batches of several shapes; what is small is done for all at once.
 
         Args:
             pairs: Each batch's state, changed in place, and its statistics; all have as many slots.
         """
+        known = list(pairs)
         for whole in (True, False):
-            alike = [pair for pair in pairs if pair[1].whole == whole]
+            alike = [pair for pair in known if pair[1].whole == whole]
             if alike:
                 self._update_alike(alike, whole)
 
