@@ -272,6 +272,7 @@ def _parts(gradients: Mapping[Batch, Sequence[Gradients]], stage: Stage) -> Iter
         uses, oks = (_cut(mask, marks) for mask in (use, ok))
         for batch, prepared in zip(group, each, strict=True):
             rows = {key: _cut(x, _marks(gradients[batch])) for key, x in prepared.items()}
+            # From here on only the parts hold it, each until its product is taken.
             del prepared
             for some in gradients[batch]:
                 place = some.where.start

@@ -247,7 +247,7 @@ class Window:
     def prepare_all(
         self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
     ) -> Iterator[dict[str, Tensor]]:
-        """:meth:`prepare` for batches of several shapes; all ``r x r`` problems are one batch.
+        """:meth:`prepare` for batches of several shapes; their ``r x r`` problems are one batch.
 
         Args:
             pairs: Each batch's windows and shape.
