@@ -697,7 +697,8 @@ every so many steps, made of the medians of the rounds with that work and of tho
 *computed* contestants were not run, they are other weights of the same two medians. SOAP decomposes
 every {SOAP_PERIOD} steps, as it does by default, and is compared so. *Extra memory*: state beyond
 AdamW's over weights, gradients and AdamW's state. *Peak memory*: activations, gradients and
-temporaries of an iteration. *Calls*: of operators, from Python and the backward pass;
+temporaries of an iteration. *Calls*: of operators, from Python and the backward pass; the
+package's own kernels are not among them;
 *allocations*: pieces of memory taken; both in the profiled iterations, which may be none of those
 with rare work. *Near*: the larger bound, of bytes or operations, over the measured time. The bars
 are about each row's first run, of AdamW and MKOR over it alone; comparisons are made within the

@@ -32,5 +32,19 @@ def _fresh_torch():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """No mask's values are read to take shorter ways: what runs is what runs on a GPU."""
+    """No kernels, no mask's values read to take shorter ways: what runs is what runs on a GPU."""
+    monkeypatch.setattr("mkor.native._kernels", None)
     monkeypatch.setattr("mkor.linalg.basics._readable", lambda _: False)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Torch's operators do everything, as where the kernels were not compiled."""
+    monkeypatch.setattr("mkor.native._kernels", None)
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def both_ways(request):
+    """Once as the package is installed, once as where the kernels were not compiled."""
+    if request.param == "torch":
+        request.getfixturevalue("without_kernels")

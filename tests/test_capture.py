@@ -21,6 +21,8 @@ from mkor.geometry import Geometry
 from mkor.patches import patch_maps
 from recording import Recorder, Twin, gradients, matrices
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 F64 = torch.float64
 
 

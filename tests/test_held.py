@@ -13,6 +13,8 @@ from mkor.capture import GradientHook
 from mkor.sums import PartSums
 from mkor.tray import Tray
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 F64 = torch.float64
 
 

@@ -147,7 +147,7 @@ def calls_of_a_step(widths):
     return calls.found
 
 
-def test_shapes_share_what_is_no_product():
+def test_shapes_share_what_is_no_product(without_kernels):
     one, many = calls_of_a_step([8, 8]), calls_of_a_step([8, 8, 9, 10, 11, 12])
     shared = [
         "aten.linalg_cholesky_ex.default",

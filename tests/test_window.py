@@ -12,6 +12,8 @@ from cases import UNGROUPED, convolution
 from mkor import MKOR
 from recording import Recorder, Twin, gradients
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 F64, F32 = torch.float64, torch.float32
 TOLERANCE = {F64: 1e-10, F32: 1e-4}
 

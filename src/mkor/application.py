@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from mkor import linalg
+from mkor import linalg, native
 from mkor.batches import Batch, by_roster
 from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
@@ -240,6 +240,8 @@ def _ratio(
     rescale: str | None,
 ) -> Tensor:
     """``[b]``, what preconditioned gradients are multiplied with; the running norms move."""
+    if rescale is not None and native.serves(average, raw, norm):
+        return native.ratio(average, raw, norm, done, momentum, rescale == "running")
     moved = linalg.momentum_average(average, torch.stack((raw, norm), 1), momentum)
     average.copy_(linalg.where(done, moved, average))
     if rescale is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mkor.gate import Gate, Site
 from mkor.profiling import span
-from mkor.sums import PartSums
+from mkor.sums import Kept, PartSums
 from mkor.tray import Call
 
 __all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook"]
@@ -105,7 +105,7 @@ class ForwardHook(InertHook):
             output.register_hook(lambda _: search.backward(self.key))
         if site is None or not _trains(module):
             return
-        a: PartSums | Tensor | None = x.detach()
+        a: PartSums | Tensor | None = x
         # What autograd keeps anyway is read with the gradient, the same work twice in a row.
         if not _is_saved(module, x):
             if not site.kind.fits(x, output):
@@ -139,7 +139,8 @@ class GradientHook:
     __slots__ = ("a", "gate", "place", "shape", "site")
 
     def __init__(self, gate: Gate, site: Site, a: PartSums | Tensor | None, place: int = 0) -> None:
-        self.gate, self.site, self.a, self.place = gate, site, a, place
+        self.gate, self.site, self.place = gate, site, place
+        self.a: PartSums | Kept | Tensor | None = a
         self.shape: torch.Size | None = None
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
@@ -153,8 +154,8 @@ class GradientHook:
             return
         if self.shape is not None:
             grad = grad.reshape(self.shape)
-        if not gate.hold(site, self, grad):
-            with span("mkor.capture"):
+        with span("mkor.capture"):
+            if not (gate.add(site, self, grad) or gate.hold(site, self, grad)):
                 self._capture(grad.detach())
         if site.sharded:
             gate.passes.count(site)
@@ -166,7 +167,9 @@ class GradientHook:
             if not site.kind.fits(a, grad):
                 return
             # The graph may live on, and be used again; its inputs need not.
-            a = self.a = gate.inputs(site.kind, a, pick)
+            a = self.a = gate.inputs(site.kind, a.detach(), pick)
+        elif isinstance(a, Kept):
+            a = self.a = a.sums
         g = gate.outputs(site.kind, grad, pick)
         # A captured CUDA graph repeats what ran on the device, and no callbacks.
         if grad.is_cuda and torch.cuda.is_current_stream_capturing():

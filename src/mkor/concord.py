@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
+from mkor import native
 from mkor.batches import fingerprint
 from mkor.communication.agreement import check_agreement
 from mkor.communication.communicator import Communicator
@@ -66,6 +67,8 @@ class Concord:
             "curvature": repr(self._curvature),
             "base": type(self._base).__name__,
             "taken": f"{steps} steps and {updates} updates",
+            # Both compute the same, but round differently.
+            "kernels": "compiled" if native.in_use() else "not compiled",
             "factors": fingerprint(watch.batches, updates),
             **self._options.facts(),
             **watch.selection.facts(),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mkor import native
 from mkor.geometry import Geometry, Lines, crop
 from mkor.memo import memo
 from mkor.patches import patch_maps
@@ -94,6 +95,15 @@ class ConvKind:
         first = images[0]
         outputs = self.geometry.outputs(first.shape[2:])
         choice, geometry = self._chosen(len(first), outputs, pick), self.geometry
+        if self._served(images, pick):
+            axes = [
+                (axis.kernel, axis.stride, axis.dilation, axis.padding[0], axis.outputs)
+                for axis in geometry.axes(first.shape[2:])
+            ]
+            lines = _lines(choice, outputs[0])
+            parts = _parts(choice, len(first))
+            found = native.patch_sums(images, axes, lines, parts)
+            return _part_sums(found, choice, (len(first), *outputs), x)
         if choice.lines is not None:
             cropped = [crop(x, geometry, choice.lines) for x in images]
             images, geometry = [x for x, _ in cropped], cropped[0][1]
@@ -121,6 +131,10 @@ class ConvKind:
         total = images[0].numel() // self.d_out
         sizes = images[0].shape
         choice = self._chosen(sizes[0], sizes[2:], pick)
+        if self._served(images, pick):
+            lines = _lines(choice, sizes[2])
+            found = native.line_sums(images, lines, _parts(choice, sizes[0]))
+            return _part_sums(found, choice, (sizes[0], *sizes[2:]), g)
         if choice.lines is not None:
             images = [choice.lines.of(g) for g in images]
         first = images[0]
@@ -171,6 +185,11 @@ class ConvKind:
         """
         yield self._batched(g).movedim(1, -1).reshape(-1, self.d_out)
 
+    def _served(self, images: Sequence[Tensor], pick: Pick) -> bool:
+        """Whether there are kernels for these images."""
+        plain = self.geometry.mode == "zeros" and self._axes < 3
+        return plain and not isinstance(pick.update, Tensor) and native.serves(*images)
+
     @property
     def _axes(self) -> int:
         return len(self.geometry.kernel)
@@ -202,7 +221,7 @@ class ConvKind:
         if images is not None:
             # Else, where both turns share a factor, the same images would meet the same lines.
             late = pick.update // math.lcm(chunks.turn, images.turn)
-            pick = replace(pick, update=pick.update + late)
+            pick = pick._replace(update=pick.update + late)
         return _Choice(Lines(start, lines), images, counts, pick)
 
 
@@ -213,6 +232,34 @@ def _step(turn: int) -> int:
     while math.gcd(step, turn) > 1:
         step += 1
     return step
+
+
+def _lines(choice: _Choice, all_of_them: int) -> tuple[int, int]:
+    """The first line that is used, and how many are."""
+    lines = choice.lines
+    return (0, all_of_them) if lines is None else (int(lines.start), lines.size)
+
+
+def _parts(choice: _Choice, images: int) -> native.Parts:
+    """Parts of the images."""
+    k, chunks = choice.pick.vectors, choice.images
+    if chunks is None:
+        small, larger = divmod(images, k)
+        return native.Parts(k, small, small, 0, larger)
+    return native.Parts(k, chunks.size, chunks.stride, int(chunks.offset(choice.pick.update)))
+
+
+def _part_sums(
+    found: tuple[Tensor, Tensor],
+    choice: _Choice,
+    sizes: Sequence[int],
+    x: Tensor | Sequence[Tensor],
+) -> PartSums:
+    """What a kernel found in images whose output has these sizes, of one call or of several."""
+    _, lines = _lines(choice, sizes[1])
+    counts = [n * lines * math.prod(sizes[2:]) for n in choice.counts]
+    sums = PartSums(*found, counts, math.prod(sizes))
+    return sums.of(0) if isinstance(x, Tensor) else sums
 
 
 def _listed(x: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:

@@ -125,6 +125,21 @@ class Gate:
         self.keep(tray, Call(site.index, (a, g), site.kind, source, a._version + g._version))
         return True
 
+    def add(self, site: Site, source: Source, g: Tensor) -> bool:
+        """Sum a call at once, if there is a kernel for it; see :meth:`mkor.tray.Tray.add`.
+
+        Args:
+            site: Of the layer.
+            source: Holds the call's input as ``a``.
+            g: The gradient of the output.
+
+        Returns:
+            Whether it was.
+        """
+        if self.covariance:
+            return False
+        return site.tray.add(site.index, site.kind, source, g, self.pick(self.update))
+
     def keep(self, tray: Tray, call: Call) -> None:
         """Put a call on a tray, to be added when the backward pass ends that is running.
 

@@ -126,12 +126,12 @@ def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
 
 
 def _norms_of(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
-    """Those of one layer each, in one call for all weights and one for all biases."""
-    found = torch.stack(torch._foreach_norm([some.W for some in gradients], 2, dtype))
+    """Those of one layer each, in one call for all weights and biases."""
+    blocks = [some.W for some in gradients]
     if all(some.b is None for some in gradients):
-        return found
-    biases = [found.new_zeros(()) if some.b is None else some.b for some in gradients]
-    return torch.hypot(found, torch.stack(torch._foreach_norm(biases, 2, dtype)))
+        return torch.stack(torch._foreach_norm(blocks, 2, dtype))
+    blocks += [some.W.new_zeros(()) if some.b is None else some.b for some in gradients]
+    return torch.hypot(*torch.stack(torch._foreach_norm(blocks, 2, dtype)).view(2, -1))
 
 
 def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:

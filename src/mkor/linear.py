@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mkor import native
 from mkor.rows import Chunks, place, sum_parts, take_parts
 from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
-__all__ = ["SMALL", "LinearKind"]
+__all__ = ["SMALL", "LinearKind", "plan_rows"]
 
 SMALL = 1 << 14
 """Calls with no more entries are stacked."""
@@ -101,6 +104,10 @@ class LinearKind:
 
 def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
     """Sums over rows ``[*, d]``, or over those of several layers."""
+    xs = [x] if isinstance(x, Tensor) else x
+    if not isinstance(pick.update, Tensor) and native.serves(*xs):
+        sums = _native_sums(xs, pick)
+        return sums.of(0) if isinstance(x, Tensor) else sums
     dim = 0
     if not isinstance(x, Tensor):
         x, dim = torch.stack(list(x)), 1
@@ -118,6 +125,52 @@ def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
     square = squares(runs, dim)
     vectors = sum_parts(runs, lambda run: run.sum(dim + 1, dtype=accumulator(x)), pick.vectors, dim)
     return PartSums(vectors, square, counts, total)
+
+
+def _native_sums(xs: Sequence[Tensor], pick: Pick) -> PartSums:
+    """Those of several layers, by a kernel."""
+    plan = plan_rows(xs[0].shape[:-1], pick)
+    vectors, squares = native.row_sums(xs, plan.parts)
+    return PartSums(vectors, squares, plan.counts, plan.total)
+
+
+class Plan(NamedTuple):
+    """Which rows of calls of one shape are used.
+
+    Attributes:
+        parts: For kernels.
+        counts: Rows in each part.
+        total: Rows of a call, used or not.
+    """
+
+    parts: native.Parts
+    counts: list[int]
+    total: int
+
+
+@lru_cache(maxsize=64)
+def plan_rows(lead: tuple[int, ...], pick: Pick) -> Plan:
+    """Place the parts of calls of one shape.
+
+    Args:
+        lead: All dimensions but the last.
+        pick: Which rows are used, in an update that is known.
+
+    Returns:
+        The plan.
+    """
+    total = math.prod(lead)
+    # With all rows the cut is along the first dimension: a sequence is never divided.
+    samples = total if pick.rows is not None or not lead else lead[0]
+    chunks, counts = place(samples, pick.vectors, pick.rows)
+    unit = total // samples
+    if chunks is None:
+        small, larger = divmod(samples, pick.vectors)
+        parts = native.Parts(pick.vectors, small, small, 0, larger, unit)
+    else:
+        offset = int(chunks.offset(pick.update))
+        parts = native.Parts(pick.vectors, chunks.size, chunks.stride, offset)
+    return Plan(parts, [n * unit for n in counts], total)
 
 
 def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int) -> list[Tensor]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from mkor import linalg
+from mkor import linalg, native
 from mkor.curvature.contract import BatchShape
 from mkor.tray import META
 
@@ -80,9 +80,14 @@ class Roster:
             layers = [n for n, size in zip(numbers, sizes, strict=True) for _ in range(size)]
             return torch.tensor(layers, dtype=dtype, device=device)
 
-        self._d_out = each([shape.d_out for shape in shapes])
-        self._d_in = each([shape.full_width("right") for shape in shapes])
-        self._ones = each([shape.bias for shape in shapes])
+        self._widths = torch.stack(
+            [
+                each([shape.d_out for shape in shapes]),
+                each([shape.full_width("right") for shape in shapes]),
+                each([shape.bias for shape in shapes]),
+            ]
+        )
+        self._kept: list[Counted] = []
         self.last = torch.zeros(3, N, dtype=dtype, device=device)
         self.reset()
         self.seen = torch.zeros(N, dtype=torch.bool, device=device)
@@ -103,6 +108,9 @@ class Roster:
         Args:
             meta: ``[N, 3 + k]``, see :class:`mkor.gate.Site`.
         """
+        if native.serves(meta, self.last):
+            native.check(meta, self.last[0], self.seen, self.finite, self.bad)
+            return
         squares_a, squares_g, rows = meta[:, :META].unbind(1)
         torch.gt(rows, 0, out=self.seen)
         # None is negative, and NaN is not below infinity.
@@ -120,20 +128,50 @@ class Roster:
         Returns:
             For each batch.
         """
+        if native.serves(meta) and isinstance(scale, float):
+            counted = self._counted_natively(meta, refuse, scale)
+            self._note(refuse)
+            return counted
         counts = meta[:, META:]
         squares_a, squares_g, total = meta[:, :META].unbind(1)
         rows, used = counts.clamp(min=1), counts.sum(1).clamp_(min=1)
         g_scale = total * scale
-        left = squares_g * g_scale.square() / (used * self._d_out)
-        right = (squares_a + used * self._ones) / (used * self._d_in)
-        learn, filled = ~refuse, counts > 0
-        accept = self.seen & learn
+        d_out, d_in, ones = self._widths.unbind()
+        left = squares_g * g_scale.square() / (used * d_out)
+        right = (squares_a + used * ones) / (used * d_in)
+        filled = counts > 0
+        accept = self.seen & ~refuse
         whole = linalg.held(filled.all(1).logical_and_(accept))
-        self.fed.copy_(self.seen)
-        if not linalg.all_hold(learn):
-            self.refused[0] += self.seen & refuse & self.kept
+        self._note(refuse)
         means = g_scale.unsqueeze(1) / rows
         numbers = (rows, used, g_scale, means, left, right, filled, accept)
         pieces = [linalg.cut(number, self._sizes) for number in numbers]
         flags = [all(whole[span]) for span in self.spans]
+        return list(map(Counted, *pieces, flags))
+
+    def _note(self, refuse: Tensor) -> None:
+        """Keep who had data, and whose updates were refused."""
+        self.fed.copy_(self.seen)
+        if not linalg.all_hold(~refuse):
+            self.refused[0] += self.seen & refuse & self.kept
+
+    def _counted_natively(self, meta: Tensor, refuse: Tensor, scale: float) -> list[Counted]:
+        """The same by a kernel, into tensors that serve again in every step."""
+        N, k = meta.shape[0], meta.shape[1] - META
+        if not self._kept or self._kept[0].rows.shape[1] != k:
+            self._numbers = meta.new_empty((4 + 2 * k) * N)
+            self._filled = torch.empty(N, k, dtype=torch.bool, device=meta.device)
+            self._accept = torch.empty_like(self.seen)
+            self._kept = self._views(N, k)
+        tensors = (self._widths, self.seen, self._numbers, self._filled, self._accept)
+        whole = native.count(scale, refuse, meta, *tensors)
+        return [replace(each, whole=whole) for each in self._kept]
+
+    def _views(self, N: int, k: int) -> list[Counted]:
+        """Each batch's part of what the kernel fills."""
+        used, g_scale, left, right = self._numbers[: 4 * N].view(4, N).unbind()
+        rows, means = self._numbers[4 * N :].view(2, N, k).unbind()
+        numbers = (rows, used, g_scale, means, left, right, self._filled, self._accept)
+        pieces = [linalg.cut(number, self._sizes) for number in numbers]
+        flags = [False] * len(self._sizes)
         return list(map(Counted, *pieces, flags))

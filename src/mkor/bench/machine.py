@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from mkor import native
+
 PACKAGES = ("mkor", "torch", "numpy", "pytorch-optimizer", "scikit-learn")
 
 
@@ -56,4 +58,5 @@ def environment() -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": native.in_use(),
     }

@@ -78,9 +78,9 @@ def print_counts(timings: Sequence[Timing], stream: TextIO) -> None:
     ]
     print_table((*headers, "page faults", *(["kernels"] if gpu else [])), rows, stream)
     print(
-        "\noperators called from Python and from the backward pass, not from other operators; "
-        "peak memory:\nactivations, gradients and temporaries, beyond what stays from iteration "
-        "to iteration\n",
+        "\noperators called from Python and from the backward pass, not from other operators; the "
+        "package's own\nkernels are no operators; peak memory: activations, gradients and "
+        "temporaries, beyond what\nstays from iteration to iteration\n",
         file=stream,
     )
 

@@ -22,7 +22,7 @@ from mkor import linalg
 from mkor.curvature.blocks import complete_window, project_window
 from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
 from mkor.curvature.contract import BatchShape, Block, Statistics
-from mkor.memo import memo
+from mkor.curvature.ring import turn
 
 __all__ = ["Window"]
 
@@ -116,120 +116,7 @@ class Window:
         Args:
             pairs: Each batch's state, changed in place, and its statistics; all have as many slots.
         """
-        known = list(pairs)
-        for whole in (True, False):
-            alike = [pair for pair in known if pair[1].whole == whole]
-            if alike:
-                self._update_alike(alike, whole)
-
-    def _update_alike(
-        self, pairs: Sequence[tuple[dict[str, Tensor], Statistics]], whole: bool
-    ) -> None:
-        """Where all layers accept and all slots are filled, or where some may not."""
-        states, figures = zip(*pairs, strict=True)
-        sizes = tuple(len(state["updates"]) for state in states)
-        accept = None if whole else linalg.joined([each.accept for each in figures])
-        filled = linalg.joined([each.filled for each in figures])
-        places, new = self._age(states, filled, accept)
-        k = places.shape[1]
-        numbers = (places + _first_rows(sizes, self.rank, places.device)).flatten()
-        rows = linalg.cut(numbers, [k * size for size in sizes])
-        news = (None,) * len(sizes) if new is None else linalg.cut(new, sizes)
-        cuts = zip(pairs, linalg.cut(places, sizes), rows, news, strict=True)
-        for (state, statistics), slots, lines, some in cuts:
-            for side, vectors in statistics.vectors.items():
-                self._write(state, side, vectors, slots, lines, some)
-        for side in figures[0].vectors:
-            averages = [state[f"{side}_mean_square"] for state in states]
-            average = linalg.joined(averages)
-            square = linalg.joined([each.mean_square[side] for each in figures])
-            moved = linalg.momentum_average(average, square, self.momentum)
-            if accept is not None:
-                moved = torch.where(accept, moved, average)
-            torch._foreach_copy_(averages, linalg.cut(moved, sizes))
-
-    def _age(
-        self, states: Sequence[dict[str, Tensor]], filled: Tensor, accept: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Make room for new vectors: older ones lose weight, the oldest their places.
-
-        Args:
-            states: The windows, ``N`` in all, changed in place.
-            filled: ``[N, k]``, where a vector comes.
-            accept: ``[N]``, which layers take theirs; None if all do, and all slots are filled.
-
-        Returns:
-            ``[N, k]``: where in its ring each slot goes, and whether a vector does; None for all.
-        """
-        keys = ("written", "weights", "updates")
-        each = [[state[key] for state in states] for key in keys]
-        written, weights, updates = (linalg.joined(tensors) for tensors in each)
-        slot = torch.arange(filled.shape[1], device=filled.device)
-        if accept is None:
-            new, k = None, filled.shape[1]
-            places = (written.unsqueeze(1) + slot) % self.rank
-            aged = (weights * self.momentum).scatter_(1, places, (1.0 - self.momentum) / k)
-            moved = (written + k, aged, updates + 1)
-        else:
-            made = filled.sum(1)
-            # Filled slots take the next places in order; the others write back what comes after.
-            upto = filled.cumsum(1)
-            order = torch.where(filled, upto - 1, made.unsqueeze(1) + slot - upto)
-            places = (written.unsqueeze(1) + order) % self.rank
-            new = filled & accept.unsqueeze(1)
-            aged = torch.where(accept.unsqueeze(1), weights * self.momentum, weights)
-            fresh = (1.0 - self.momentum) / made.clamp(min=1).to(aged.dtype).unsqueeze(1)
-            fresh = torch.where(new, fresh, aged.gather(1, places))
-            aged.scatter_(1, places, fresh)
-            moved = (written + torch.where(accept, made, 0), aged, updates + accept)
-        sizes = [len(state["updates"]) for state in states]
-        for tensors, values in zip(each, moved, strict=True):
-            torch._foreach_copy_(tensors, linalg.cut(values, sizes))
-        return places, new
-
-    def _write(
-        self,
-        state: dict[str, Tensor],
-        side: str,
-        arrived: Tensor,
-        places: Tensor,
-        numbers: Tensor,
-        new: Tensor | None,
-    ) -> None:
-        """Put vectors into a side's ring, and their products into the Gram matrix.
-
-        Args:
-            state: The windows.
-            side: ``"left"`` or ``"right"``.
-            arrived: ``[B, k, d]``.
-            places: ``[B, k]``, where they go.
-            numbers: ``[B k]``, the same, counted through all rings.
-            new: ``[B, k]``, at which places something is written; None for all.
-        """
-        ring, gram = state[f"{side}_rows"], state[f"{side}_gram"]
-        scale = state.get(f"{side}_scale")
-        if scale is not None:
-            largest = arrived.abs().amax(-1)
-            largest = torch.where(largest > 0, largest, 1.0)
-            written = largest if new is None else largest.where(new, scale.gather(1, places))
-            scale.scatter_(1, places, written)
-            arrived = arrived / largest.unsqueeze(-1)
-        arrived = arrived.to(ring.dtype)
-        r = self.rank
-        all_rows, all_products = ring.view(-1, ring.shape[2]), gram.view(-1, r)
-        if new is not None:
-            old = all_rows.index_select(0, numbers).view_as(arrived)
-            arrived = torch.where(new.unsqueeze(-1), arrived, old)
-        all_rows.index_copy_(0, numbers, arrived.flatten(0, 1))
-        products = torch.bmm(arrived.to(gram.dtype), ring.to(gram.dtype).mT)
-        if scale is not None:
-            products = products * scale.unsqueeze(1) * scale.gather(1, places).unsqueeze(2)
-        if new is not None:
-            # Unchanged rows keep unchanged products, to the last bit.
-            old = all_products.index_select(0, numbers).view_as(products)
-            products = torch.where(new.any(1)[:, None, None], products, old)
-        all_products.index_copy_(0, numbers, products.flatten(0, 1))
-        gram.scatter_(2, places.unsqueeze(1).expand(-1, r, -1), products.mT)
+        turn(list(pairs), self.momentum)
 
     def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
         """Whitened vectors ``U = K^-1 diag(s) V`` of each side, a bias's ones a column of ``V``.
@@ -276,30 +163,36 @@ class Window:
 
     def _roots(
         self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``K`` and ``s`` of each side of each batch, see :func:`mkor.linalg.whitening_root`."""
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """``A`` of each side of each batch (:func:`mkor.linalg.whitening_root`), and its bias's."""
         each = [(state, shape, side) for state, shape in pairs for side in shape.sides]
-        sizes = [len(state["updates"]) for state, *_ in each]
-        gram = torch.cat([state[f"{side}_gram"] for state, _, side in each])
-        for (_, shape, side), products in zip(each, linalg.cut(gram, sizes), strict=True):
-            if shape.bias and side == "right":
-                products += 1.0
+        ones = [shape.bias and side == "right" for _, shape, side in each]
         # Weights and mean squares are averages over the same updates: their corrections cancel.
-        squares = linalg.joined([state[f"{side}_mean_square"] for state, _, side in each])
-        weights = linalg.joined([state["weights"] for state, *_ in each])
-        K, s = linalg.whitening_root(gram, weights, self.damping * squares)
-        return zip(linalg.cut(K, sizes), linalg.cut(s, sizes), strict=True)
+        figures = [
+            (state[f"{side}_gram"], state["weights"], state[f"{side}_mean_square"])
+            for state, _, side in each
+        ]
+        roots = linalg.whitening_roots(figures, ones, self.damping)
+        for (state, _, side), one, A in zip(each, ones, roots, strict=True):
+            u = A.sum(-1) if one else None
+            scale = state.get(f"{side}_scale")
+            yield A if scale is None else A * scale.unsqueeze(-2), u
 
     def _whiten(
-        self, state: dict[str, Tensor], shape: BatchShape, roots: dict[str, tuple[Tensor, Tensor]]
+        self,
+        state: dict[str, Tensor],
+        shape: BatchShape,
+        roots: dict[str, tuple[Tensor, Tensor | None]],
     ) -> dict[str, Tensor]:
-        """What :meth:`prepare` returns, from each side's ``K`` and ``s``."""
-        U = {side: self._whitened(state, side, *roots[side]) for side in shape.sides}
+        """What :meth:`prepare` returns, from what :meth:`_roots` yields."""
+        U = {
+            side: torch.bmm(A, state[f"{side}_rows"].to(A.dtype)) for side, (A, _) in roots.items()
+        }
         finite = linalg.all_finite(*U.values())
         usable = None if finite else torch.stack([rows.sum((1, 2)) for rows in U.values()]).sum(0)
-        if shape.bias and "right" in roots:
-            ones = torch.ones_like(roots["right"][1].unsqueeze(-1))
-            U["bias"] = linalg.whitened(*roots["right"], ones).squeeze(-1)
+        u = roots["right"][1] if "right" in roots else None
+        if u is not None:
+            U["bias"] = u
         if usable is None:
             return U
         usable = usable.abs() < math.inf
@@ -414,18 +307,7 @@ class Window:
         """
         return 4 * self.rank * shape.d_out * (shape.d_in + shape.bias) * len(shape.sides)
 
-    def _whitened(self, state: dict[str, Tensor], side: str, K: Tensor, s: Tensor) -> Tensor:
-        scale = state.get(f"{side}_scale")
-        s = s if scale is None else s * scale
-        return linalg.whitened(K, s, state[f"{side}_rows"].to(s.dtype))
-
     def _damping(self, state: dict[str, Tensor], side: str) -> Tensor:
         average = state[f"{side}_mean_square"]
         steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
         return self.damping * average / steps
-
-
-@memo(maxsize=64)
-def _first_rows(sizes: Sequence[int], rank: int, device: torch.device) -> Tensor:
-    """``[N, 1]``: by number, whole rows of rings are copied much faster than single entries."""
-    return torch.cat([rank * torch.arange(size, device=device) for size in sizes]).unsqueeze(1)

@@ -40,8 +40,7 @@ from mkor.linalg.windows import (
     right_products,
     subtract_left,
     subtract_right,
-    whitened,
-    whitening_root,
+    whitening_roots,
 )
 
 __all__ = [
@@ -74,6 +73,5 @@ __all__ = [
     "subtract_right",
     "times",
     "where",
-    "whitened",
-    "whitening_root",
+    "whitening_roots",
 ]

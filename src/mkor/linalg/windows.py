@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
-from mkor.linalg.basics import times, where
+from mkor import native
+from mkor.linalg.basics import cut, times, where
 
 __all__ = [
     "left_products",
@@ -14,56 +17,52 @@ __all__ = [
     "right_products",
     "subtract_left",
     "subtract_right",
-    "whitened",
-    "whitening_root",
+    "whitening_roots",
 ]
 
-NARROW = 2
-"""Vectors no longer than so many times their number are solved for; longer ones are multiplied."""
 
+def whitening_roots(
+    figures: Sequence[tuple[Tensor, Tensor, Tensor]], ones: Sequence[bool], damping: float
+) -> Iterator[Tensor]:
+    """``A`` with ``S^-1 = (I - U^T U) / lambda`` for ``U = A V`` (Woodbury), of several batches.
 
-def whitening_root(gram: Tensor, weights: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """``K`` and ``s`` with ``S^-1 = (I - U^T U) / lambda`` for ``U = K^-1 diag(s) V`` (Woodbury).
-
-    For ``S = lambda I + sum_i w_i v_i v_i^T`` and ``s_i = sqrt(w_i / lambda)``, ``K`` is the
-    Cholesky factor of ``I + diag(s) V V^T diag(s)``. A layer whose damping is 0 gets ``s = 0``: its
-    side is the identity.
+    For ``S = lambda I + sum_i w_i v_i v_i^T`` and ``s_i = sqrt(w_i / lambda)`` it is
+    ``K^-1 diag(s)``, where ``K`` is the Cholesky factor of ``I + diag(s) V V^T diag(s)``. A layer
+    whose damping is 0 gets ``A = 0``: its side is the identity.
 
     Args:
-        gram: ``[B, r, r]``, the inner products ``V V^T`` of the unweighted vectors; overwritten.
-        weights: ``[B, r]``, ``w_i``, at least 0.
-        damping: ``[B]``, ``lambda``, at least 0.
+        figures: Of each batch ``V V^T [B, r, r]`` of the unweighted vectors, ``w [B, r]``, at least
+            0, and the mean squares ``[B]`` of its side's entries, at least 0.
+        ones: Whether a batch's ``V`` has a column of ones that its ``V V^T`` lacks.
+        damping: ``lambda`` over the mean square.
 
-    Returns:
-        ``K [B, r, r]``, lower triangular, and ``s [B, r]``, NaN where the factorisation fails.
+    Yields:
+        ``[B, r, r]``, lower triangular, NaN where the factorisation fails.
     """
+    if native.serves(*(figure for each in figures for figure in each)):
+        for each, one in zip(figures, ones, strict=True):
+            yield native.root(*each, damping, float(one))
+        return
+    sizes = [len(weights) for _, weights, _ in figures]
+    gram, weights, squares = (torch.cat(each) for each in zip(*figures, strict=True))
+    for products, one in zip(cut(gram, sizes), ones, strict=True):
+        if one:
+            products += 1.0
+    yield from cut(_root(gram, weights, damping * squares), sizes)
+
+
+def _root(gram: Tensor, weights: Tensor, damping: Tensor) -> Tensor:
+    """``A`` of one batch; overwrites ``gram``."""
     damping = damping.unsqueeze(-1)
     s = torch.where(damping > 0, weights / damping, 0.0).sqrt_()
     S = gram.mul_(s.unsqueeze(-1)).mul_(s.unsqueeze(-2))
     S.diagonal(dim1=-2, dim2=-1).add_(1.0)
     K, failed = torch.linalg.cholesky_ex(S)
-    return K, where(failed == 0, s, torch.nan)
-
-
-def whitened(K: Tensor, s: Tensor, V: Tensor) -> Tensor:
-    """``U = K^-1 diag(s) V``; costs ``r^2 d`` operations where ``d`` is small, else twice that.
-
-    Args:
-        K: ``[B, r, r]``, lower triangular.
-        s: ``[B, r]``.
-        V: ``[B, r, d]``.
-
-    Returns:
-        ``[B, r, d]``.
-    """
-    # X K^T = Y, since LAPACK is two to four times slower with the unknown on the right.
-    if V.shape[-1] <= NARROW * K.shape[-1]:
-        Y = V * s.unsqueeze(-1)
-        U: Tensor = torch.linalg.solve_triangular(K.mT, Y.mT, upper=True, left=False).mT
-        return U
+    s = where(failed == 0, s, torch.nan)
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    # X K^T = I, since LAPACK is two to four times slower with the unknown on the right.
     inverse: Tensor = torch.linalg.solve_triangular(K.mT, eye, upper=True, left=False).mT
-    return torch.bmm(inverse * s.unsqueeze(-2), V)
+    return inverse * s.unsqueeze(-2)
 
 
 def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, only: Tensor | None) -> None:
@@ -79,7 +78,11 @@ def subtract_left(U: Tensor, W: Tensor, b: Tensor | None, only: Tensor | None) -
     """
     columns = U.mT
     W.baddbmm_(columns, _masked(torch.bmm(U, W), only), alpha=-1)
-    if b is not None:
+    if b is None:
+        return
+    if only is None and native.serves(U, b):
+        native.remove_rows(U, b)
+    else:
         row = b.unsqueeze(1)
         row.baddbmm_(_masked(torch.bmm(row, columns), only), U, alpha=-1)
 
@@ -102,6 +105,10 @@ def subtract_right(
     Y = torch.bmm(W, U.mT)
     if u is None or b is None:
         W.baddbmm_(_masked(Y, only), U, alpha=-1)
+        return
+    if only is None and native.serves(Y, u, b):
+        native.remove_bias(Y, u, b)
+        W.baddbmm_(Y, U, alpha=-1)
         return
     u = u.unsqueeze(1)
     Y = _masked(Y.addcmul_(b.unsqueeze(2), u), only)
