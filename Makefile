@@ -23,7 +23,7 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) demo
 
-$(READY): pyproject.toml setup.py src/mkor/native/kernels.c constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/mkor/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

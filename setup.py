@@ -1,10 +1,16 @@
 """What pyproject.toml cannot say: the kernels, without which the package works all the same."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
+HERE = Path("src/mkor/native")
 KERNELS = Extension(
     "mkor.native._kernels",
-    ["src/mkor/native/kernels.c"],
+    [str(HERE / "kernels.c")],
+    depends=[
+        str(HERE / f"{name}.h") for name in ("images", "layers", "rows", "vectors", "windows")
+    ],
     extra_compile_args=["-O3"],
     py_limited_api=True,
     optional=True,

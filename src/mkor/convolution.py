@@ -187,8 +187,10 @@ class ConvKind:
 
     def _served(self, images: Sequence[Tensor], pick: Pick) -> bool:
         """Whether there are kernels for these images."""
-        plain = self.geometry.mode == "zeros" and self._axes < 3
-        return plain and not isinstance(pick.update, Tensor) and native.serves(*images)
+        plain = self.geometry.mode == "zeros" and self._axes == 2
+        if not plain or isinstance(pick.update, Tensor) or not native.serves(*images):
+            return False
+        return pick.rows is not None or native.pays(images[0].numel())
 
     @property
     def _axes(self) -> int:

@@ -106,8 +106,10 @@ def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
     """Sums over rows ``[*, d]``, or over those of several layers."""
     xs = [x] if isinstance(x, Tensor) else x
     if not isinstance(pick.update, Tensor) and native.serves(*xs):
-        sums = _native_sums(xs, pick)
-        return sums.of(0) if isinstance(x, Tensor) else sums
+        plan = plan_rows(xs[0].shape[:-1], pick)
+        if native.pays(plan.used * xs[0].shape[-1]):
+            sums = PartSums(*native.row_sums(xs, plan.parts), plan.counts, plan.total)
+            return sums.of(0) if isinstance(x, Tensor) else sums
     dim = 0
     if not isinstance(x, Tensor):
         x, dim = torch.stack(list(x)), 1
@@ -127,13 +129,6 @@ def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
     return PartSums(vectors, square, counts, total)
 
 
-def _native_sums(xs: Sequence[Tensor], pick: Pick) -> PartSums:
-    """Those of several layers, by a kernel."""
-    plan = plan_rows(xs[0].shape[:-1], pick)
-    vectors, squares = native.row_sums(xs, plan.parts)
-    return PartSums(vectors, squares, plan.counts, plan.total)
-
-
 class Plan(NamedTuple):
     """Which rows of calls of one shape are used.
 
@@ -141,11 +136,13 @@ class Plan(NamedTuple):
         parts: For kernels.
         counts: Rows in each part.
         total: Rows of a call, used or not.
+        used: Rows in all parts.
     """
 
     parts: native.Parts
     counts: list[int]
     total: int
+    used: int
 
 
 @lru_cache(maxsize=64)
@@ -170,7 +167,7 @@ def plan_rows(lead: tuple[int, ...], pick: Pick) -> Plan:
     else:
         offset = int(chunks.offset(pick.update))
         parts = native.Parts(pick.vectors, chunks.size, chunks.stride, offset)
-    return Plan(parts, [n * unit for n in counts], total)
+    return Plan(parts, [n * unit for n in counts], total, sum(counts) * unit)
 
 
 def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int) -> list[Tensor]:

@@ -124,7 +124,9 @@ class Tray:
         if not native.serves(a, g):
             return False
         if kind.fits(a, g):
-            parts, counts, total = plan_rows(a.shape[:-1], pick)
+            parts, counts, total, used = plan_rows(a.shape[:-1], pick)
+            if not native.pays(used * (kind.d_in + kind.d_out)):
+                return False
             kept = a.new_empty(pick.vectors * kind.d_in + 1) if a.numel() > SMALL else None
             native.add_call((a, g), parts, total, self._places[layer], kept)
             if kept is not None:

@@ -48,7 +48,7 @@ def _turn_natively(state: State, statistics: Statistics, momentum: float) -> boo
         )
         for side, vectors in statistics.vectors.items()
     ]
-    if not native.serves(*(tensor for side in sides for tensor in side)):
+    if not native.serves(state["weights"], *(tensor for side in sides for tensor in side)):
         return False
     native.update_window(state, filled.contiguous(), accept.contiguous(), momentum, sides)
     return True

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+ONE_THREAD = 1 << 20
+"""Numbers that one thread reads in less time than it takes to wake others."""
+
 __all__ = [
     "Parts",
     "Side",
@@ -28,6 +31,7 @@ __all__ = [
     "in_use",
     "line_sums",
     "patch_sums",
+    "pays",
     "ratio",
     "remove_bias",
     "remove_rows",
@@ -74,9 +78,22 @@ def serves(*tensors: Tensor) -> bool:
     for x in tensors:
         if x.dtype is not torch.float32 or not x.is_cpu or type(x) is not Tensor:
             return False
-        if not x.is_contiguous():
+        # Some gradients have no memory (`sgn`), some are read with the other sign.
+        if not x.is_contiguous() or x._is_zerotensor() or x.is_neg():
             return False
     return True
+
+
+def pays(entries: int) -> bool:
+    """Whether a kernel, which has one thread, is faster than torch's operators.
+
+    Args:
+        entries: Numbers that it would read.
+
+    Returns:
+        False where these are many and torch has several threads.
+    """
+    return entries <= ONE_THREAD or torch.get_num_threads() == 1
 
 
 class Parts(NamedTuple):
@@ -119,27 +136,18 @@ def patch_sums(
     """Sums of the patches under some lines of the output, by parts of the images.
 
     Args:
-        xs: ``n`` tensors ``[images, channels, height, width]`` that are alike; one axis may lack.
-        axes: Of each axis: kernel, stride, dilation, padding with zeros before, size of the output.
+        xs: ``n`` tensors ``[images, channels, height, width]`` that are alike.
+        axes: Of both axes: kernel, stride, dilation, padding with zeros before, size of the output.
         lines: Of the output.
         parts: Of the images.
 
     Returns:
         ``[n, k, channels * kernel positions]``, and ``[n]``: sums of the squares of all entries.
     """
-    channels, height, width = _sizes(xs[0])
-    both = [*axes, (1, 1, 1, 0, 1)][:2]
-    kernel, stride, dilation, before, (_, across) = zip(*both, strict=True)
-    d = channels * kernel[0] * kernel[1]
-    geometry = (
-        (channels, height, width),
-        kernel,
-        stride,
-        dilation,
-        before,
-        (*lines, across),
-        parts,
-    )
+    image = tuple(xs[0].shape[1:])
+    kernel, stride, dilation, before, (_, across) = zip(*axes, strict=True)
+    geometry = (image, kernel, stride, dilation, before, (*lines, across), parts)
+    d = image[0] * kernel[0] * kernel[1]
     return _each(_call().patch_sums, xs, geometry, parts.vectors, d)
 
 
@@ -147,24 +155,19 @@ def line_sums(gs: Sequence[Tensor], lines: Lines, parts: Parts) -> tuple[Tensor,
     """Sums over some lines of images, by parts of these.
 
     Args:
-        gs: ``n`` tensors ``[images, channels, height, width]`` that are alike; one axis may lack.
+        gs: ``n`` tensors ``[images, channels, height, width]`` that are alike.
         lines: Of each image.
         parts: Of the images.
 
     Returns:
         ``[n, k, channels]``, and ``[n]``: sums of the squares of all entries.
     """
-    channels, height, width = _sizes(gs[0])
-    geometry = ((channels, height, width), tuple(lines), parts)
-    return _each(_call().line_sums, gs, geometry, parts.vectors, channels)
+    image = tuple(gs[0].shape[1:])
+    return _each(_call().line_sums, gs, (image, tuple(lines), parts), parts.vectors, image[0])
 
 
 Lines = tuple[int, int]
 """The first line and their number."""
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[1], x.shape[2], x.shape[3] if x.dim() > 3 else 1
 
 
 def _each(

@@ -1,0 +1,43 @@
+/* Vectors of floats, and a version of a function for each kind of processor. */
+
+#ifndef MKOR_VECTORS_H
+#define MKOR_VECTORS_H
+
+#include <stdint.h>
+
+#if !defined(__GNUC__)
+#error "written with the vector extensions of GCC and Clang"
+#endif
+
+/* One version for any processor of this kind, others for those that can do more. */
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+#define MANY __attribute__((target_clones("avx512f", "fma", "default")))
+#else
+#define MANY
+#endif
+
+#define LANES 16
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef float quarter __attribute__((vector_size(LANES), aligned(4), may_alias));
+
+#define LOAD(p) (*(const vec *)(p))
+#define STORE(p) (*(vec *)(p))
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float total(const vec *v) {
+    const half *h = (const half *)v, sum = h[0] + h[1];
+    const quarter *q = (const quarter *)&sum, four = q[0] + q[1];
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+INLINE float dot(const float *x, const float *y, int64_t d) {
+    vec sum = {0};
+    int64_t c = 0;
+    for (; c + LANES <= d; c += LANES) sum += LOAD(x + c) * LOAD(y + c);
+    float all = total(&sum);
+    for (; c < d; c++) all += x[c] * y[c];
+    return all;
+}
+
+#endif
