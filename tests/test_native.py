@@ -403,6 +403,7 @@ def test_kernels_were_compiled():
     assert native.in_use()
 
 
+@compiled
 def test_large_sums_are_left_to_several_threads(monkeypatch, used):
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     kind = describe(nn.Linear(4, 4))[0].kind
