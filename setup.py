@@ -9,7 +9,8 @@ KERNELS = Extension(
     "mkor.native._kernels",
     [str(HERE / "kernels.c")],
     depends=[
-        str(HERE / f"{name}.h") for name in ("images", "layers", "rows", "vectors", "windows")
+        str(HERE / f"{name}.h")
+        for name in ("gradients", "images", "layers", "rows", "vectors", "windows")
     ],
     extra_compile_args=["-O3"],
     py_limited_api=True,

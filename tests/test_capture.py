@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import oracles
 from cases import GROUPED, convolution
 from mkor import MKOR
-from mkor.geometry import Geometry
-from mkor.patches import patch_maps
+from mkor.layers.geometry import Geometry
+from mkor.layers.patches import patch_maps
 from recording import Recorder, Twin, gradients, matrices
 
 pytestmark = pytest.mark.usefixtures("both_ways")

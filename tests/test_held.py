@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mkor import MKOR
-from mkor.capture import GradientHook
-from mkor.sums import PartSums
-from mkor.tray import Tray
+from mkor.capture.hooks import GradientHook
+from mkor.capture.tray import Tray
+from mkor.layers.sums import PartSums
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -21,7 +21,7 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
     """Linear layers of any size are kept, as convolutions are."""
-    monkeypatch.setattr("mkor.gate.SMALL", 1 << 30)
+    monkeypatch.setattr("mkor.capture.gate.SMALL", 1 << 30)
 
 
 def linear():
@@ -80,7 +80,7 @@ def factors(make, passes, retain=False, rows=8):
 def test_the_same_as_if_nothing_were_kept(make, retain, passes, rows, monkeypatch):
     """Also where a graph is used twice, and a layer is called twice."""
     kept = factors(make, passes, retain, rows)
-    monkeypatch.setattr("mkor.gate.HELD", 0)
+    monkeypatch.setattr("mkor.capture.gate.HELD", 0)
     for found, expected in zip(kept, factors(make, passes, retain, rows), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -88,7 +88,7 @@ def test_the_same_as_if_nothing_were_kept(make, retain, passes, rows, monkeypatc
 def test_kept_up_to_a_limit(monkeypatch):
     """What would be too much is summed at once; the next pass may keep as much again."""
     kept = []
-    monkeypatch.setattr("mkor.gate.HELD", 2 * 500 * 40)
+    monkeypatch.setattr("mkor.capture.gate.HELD", 2 * 500 * 40)
     original = Tray.put
 
     def noting(tray, call):
@@ -237,7 +237,7 @@ def test_neighbours_of_one_shape_and_other_patches(pairs, monkeypatch):
         return model, x
 
     kept = factors(make, passes=1)
-    monkeypatch.setattr("mkor.gate.HELD", 0)
+    monkeypatch.setattr("mkor.capture.gate.HELD", 0)
     for found, expected in zip(kept, factors(make, passes=1), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -330,6 +330,6 @@ def test_an_output_that_another_hook_narrows():
 def test_sums_of_squares_slab_by_slab(monkeypatch):
     """However few entries are squared at a time."""
     whole = factors(images, passes=1, rows=None)
-    monkeypatch.setattr("mkor.patches.SLAB", 1000)
+    monkeypatch.setattr("mkor.layers.patches.SLAB", 1000)
     for found, expected in zip(factors(images, passes=1, rows=None), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

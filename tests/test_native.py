@@ -15,13 +15,13 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mkor import MKOR, linalg, native
-from mkor.application import _ratio
 from mkor.curvature.contract import BatchShape, Statistics
 from mkor.curvature.window import Window
-from mkor.layers import describe
-from mkor.linear import SMALL
-from mkor.roster import Roster
-from mkor.sums import Pick
+from mkor.layers.kinds import describe
+from mkor.layers.linear import SMALL
+from mkor.layers.sums import Pick
+from mkor.step.application import _ratio
+from mkor.step.roster import Roster
 
 F32, F64 = torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -256,20 +256,31 @@ def test_ratio(rescale, used):
     assert used == {"ratio": 3}
 
 
+@compiled
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 16), (100, 99)])
+def test_norms(size, used):
+    W, b = torch.randn(3, *size), torch.randn(3, size[0])
+    W[1], b[2] = 0, INF
+    for bias in (None, b):
+        exact = linalg.joint_norm(W.double(), None if bias is None else bias.double())
+        assert_close(linalg.joint_norm(W, bias), exact)
+    assert used == {"joint_norms": 2}
+
+
 class Net(nn.Module):
-    """A layer used twice, activations in place, and images."""
+    """A layer used twice, another of its shape, activations in place, and images."""
 
     def __init__(self, bias=True):
         super().__init__()
         self.first = nn.Linear(10, 14, bias=bias)
-        self.twice = nn.Linear(14, 14, bias=bias)
+        self.twice, self.alike = (nn.Linear(14, 14, bias=bias) for _ in range(2))
         self.image = nn.Conv2d(2, 4, 3, padding=1, bias=bias)
         self.line = nn.Conv1d(4, 3, 2, stride=2, bias=bias)
         self.last = nn.Linear(63, 5, bias=bias)
 
     def forward(self, x):
         h = self.first(x).relu_()
-        h = self.twice(torch.tanh(self.twice(h)))
+        h = self.alike(self.twice(torch.tanh(self.twice(h))).sigmoid())
         h = h.view(-1, 2, 7, 1).expand(-1, -1, -1, 6).contiguous()
         return self.last(self.line(self.image(h).relu_().flatten(2)).flatten(1))
 

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mkor
-import mkor.application
+import mkor.step.application
 from processes import launch
 
 F64 = torch.float64
@@ -133,7 +133,7 @@ def test_compiled_captures_that_were_sent_early_are_seen(tmp_path):
 
 
 def uneven_blocks(place, threshold):
-    mkor.application.STACK_BELOW = threshold
+    mkor.step.application.STACK_BELOW = threshold
     with place.group():
         net, how = build((4, 9, 9, 9))
         fully_shard(net)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mkor
-from mkor import application
-from mkor.batches import Batch
 from mkor.curvature.window import Window
+from mkor.step import application
+from mkor.step.batches import Batch
 
 F64 = torch.float64
 # Of odd order, so that shapes alternate, with and without a bias.

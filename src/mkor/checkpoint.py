@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mkor.batches import Batch
+from mkor.step.batches import Batch
 
 __all__ = [
     "PREFIX",

@@ -6,11 +6,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mkor import native
-from mkor.batches import fingerprint
 from mkor.communication.agreement import check_agreement
 from mkor.communication.communicator import Communicator
 from mkor.curvature.contract import Curvature
 from mkor.options import Options
+from mkor.step.batches import fingerprint
 from mkor.validation import check_parameters
 from mkor.watch import Watch
 

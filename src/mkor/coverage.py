@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mkor.batches import Batch
 from mkor.selection import Layer, Selection, cleaner
+from mkor.step.batches import Batch
 
 __all__ = ["Coverage", "CoverageRow", "report"]
 

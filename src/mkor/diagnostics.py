@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from mkor.batches import Batch
+from mkor.step.batches import Batch
 
 __all__ = ["gather"]
 

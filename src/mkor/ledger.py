@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mkor.batches import Batch
 from mkor.checkpoint import Entries, all_parameters
+from mkor.step.batches import Batch
 
 __all__ = ["Ledger"]
 

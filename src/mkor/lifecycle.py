@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mkor import checkpoint
-from mkor.batches import by_roster
+from mkor.capture.gate import Gate
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import check_sharding, reshard
 from mkor.concord import Concord
 from mkor.curvature.contract import Curvature, Inverting
-from mkor.gate import Gate
 from mkor.hybrid import Switch
 from mkor.ledger import Ledger
 from mkor.options import Options, parts_of
+from mkor.step.batches import by_roster
 from mkor.watch import Watch
 
 __all__ = ["Lifecycle"]

@@ -7,17 +7,17 @@ from contextlib import ExitStack
 import torch
 
 from mkor import checkpoint
-from mkor.application import Stage, measure, precondition
-from mkor.batches import Batch
-from mkor.clipping import clip_kl, gradients_finite
 from mkor.communication.sharding import reshard
 from mkor.communication.uneven import share_last
 from mkor.coverage import Coverage, report
 from mkor.diagnostics import gather
-from mkor.gradients import Gradients
-from mkor.learning import learn
 from mkor.lifecycle import Lifecycle
 from mkor.profiling import span
+from mkor.step.application import Stage, measure, precondition
+from mkor.step.batches import Batch
+from mkor.step.clipping import clip_kl, gradients_finite
+from mkor.step.gradients import Gradients
+from mkor.step.learning import learn
 
 __all__ = ["Preconditioner"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mkor.communication.sharding import local
-from mkor.layers import LayerKind, Role, describe
+from mkor.layers.kinds import LayerKind, Role, describe
 
 __all__ = ["WIDEST_OUTPUT", "Layer", "Selection", "Skip", "cleaner", "select"]
 

@@ -11,16 +11,16 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mkor.capture import AccumulationHook, ForwardHook, InertHook
+from mkor.capture.gate import Gate, Site
+from mkor.capture.hidden import HiddenHook
+from mkor.capture.hooks import AccumulationHook, ForwardHook, InertHook
+from mkor.capture.output_layer import EagerUntilFound, OutputSearch
 from mkor.communication.communicator import Communicator
 from mkor.communication.reduction import Reduction
 from mkor.curvature.contract import Curvature
-from mkor.gate import Gate, Site
-from mkor.hidden import HiddenHook
-from mkor.layout import allocate
-from mkor.output_layer import EagerUntilFound, OutputSearch
-from mkor.renewal import assignment_for
 from mkor.selection import Layer, Skip, select
+from mkor.step.layout import allocate
+from mkor.step.renewal import assignment_for
 
 __all__ = ["Watch"]
 

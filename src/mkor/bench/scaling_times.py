@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import mkor
+from mkor.capture.gate import Gate
 from mkor.curvature.contract import SIDES, BatchShape, Curvature, Inverting, Statistics
-from mkor.gate import Gate
-from mkor.layout import allocate
 from mkor.selection import select
+from mkor.step.layout import allocate
 
 from .progress import Progress
 from .scaling_fit import BOTH, SENT, Curve, make_curve

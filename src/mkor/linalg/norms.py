@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mkor import native
+
 __all__ = [
     "inner",
     "joint_norm",
@@ -27,6 +29,8 @@ def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
     Returns:
         ``[B]``.
     """
+    if native.serves(W, *([] if b is None else [b])) and native.pays(W.numel()):
+        return native.joint_norms(W, b)
     norm: Tensor = torch.linalg.vector_norm(W, dim=tuple(range(1, W.dim())))
     return norm if b is None else torch.hypot(norm, torch.linalg.vector_norm(b, dim=1))
 

@@ -28,7 +28,9 @@ __all__ = [
     "add_call",
     "check",
     "count",
+    "gather",
     "in_use",
+    "joint_norms",
     "line_sums",
     "patch_sums",
     "pays",
@@ -37,6 +39,7 @@ __all__ = [
     "remove_rows",
     "root",
     "row_sums",
+    "scatter",
     "serves",
     "update_window",
 ]
@@ -195,7 +198,7 @@ def add_call(
         parts: Of their rows.
         total: Rows of the call, used or not.
         into: Addresses of the places of both, ``[k, d]``, 0 for one that is left out, and of the
-            counts, see :class:`mkor.gate.Site`.
+            counts, see :class:`mkor.capture.gate.Site`.
         kept: ``[k d_in + 1]``, filled with the sums of inputs and of their squares; or None.
     """
     a, g = x
@@ -212,7 +215,7 @@ def add_call(
 
 
 def check(meta: Tensor, norms: Tensor, seen: Tensor, finite: Tensor, bad: Tensor) -> None:
-    """See :meth:`mkor.roster.Roster.check`.
+    """See :meth:`mkor.step.roster.Roster.check`.
 
     Args:
         meta: ``[N, 3 + k]``.
@@ -236,7 +239,7 @@ def count(
     filled: Tensor,
     accept: Tensor,
 ) -> bool:
-    """See :meth:`mkor.roster.Roster.count`.
+    """See :meth:`mkor.step.roster.Roster.count`.
 
     Args:
         scale: What raw ``g`` is multiplied with beside the number of rows.
@@ -260,7 +263,7 @@ def count(
 def ratio(
     average: Tensor, raw: Tensor, norm: Tensor, done: Tensor, momentum: float, running: bool
 ) -> Tensor:
-    """What preconditioned gradients are multiplied with, see :mod:`mkor.application`.
+    """What preconditioned gradients are multiplied with, see :mod:`mkor.step.application`.
 
     Args:
         average: ``[b, 2]``, running norms, changed in place.
@@ -277,6 +280,51 @@ def ratio(
     tensors = (average, raw, norm, done, found)
     _call().ratio(len(raw), running, momentum, *(x.data_ptr() for x in tensors))
     return found
+
+
+def gather(homes: Sequence[Tensor], W: Tensor, b: Tensor | None) -> None:
+    """Copy small gradients side by side.
+
+    Args:
+        homes: Weights' gradients, then as many of biases where there are any.
+        W: ``[B, ...]``, overwritten.
+        b: ``[B, d_out]`` likewise, or None.
+    """
+    _call().gather(*_stack(W, b), tuple(x.data_ptr() for x in homes))
+
+
+def scatter(W: Tensor, b: Tensor | None, ratio: Tensor, homes: Sequence[Tensor]) -> None:
+    """Multiply each layer's gradients and put them back.
+
+    Args:
+        W: ``[B, ...]``.
+        b: ``[B, d_out]`` or None.
+        ratio: ``[B]``.
+        homes: As for :func:`gather`, overwritten.
+    """
+    addresses = tuple(x.data_ptr() for x in homes)
+    _call().scatter(*_stack(W, b), addresses, ratio.data_ptr())
+
+
+def joint_norms(W: Tensor, b: Tensor | None) -> Tensor:
+    """See :func:`mkor.linalg.joint_norm`.
+
+    Args:
+        W: ``[B, ...]``.
+        b: ``[B, ...]`` or None.
+
+    Returns:
+        ``[B]``.
+    """
+    norm = W.new_empty(len(W))
+    _call().joint_norms(*_stack(W, b), norm.data_ptr())
+    return norm
+
+
+def _stack(W: Tensor, b: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Layers, entries of each and addresses."""
+    n, m = W[0].numel(), 0 if b is None else b.shape[1]
+    return len(W), n, m, W.data_ptr(), 0 if b is None else b.data_ptr()
 
 
 class Side(NamedTuple):

@@ -1,4 +1,4 @@
-/* Sums of patches and of output positions; see mkor/convolution.py. */
+/* Sums of patches and of output positions; see mkor/layers/convolution.py. */
 
 #ifndef MKOR_IMAGES_H
 #define MKOR_IMAGES_H

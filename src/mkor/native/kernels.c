@@ -7,6 +7,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "gradients.h"
 #include "images.h"
 #include "layers.h"
 #include "rows.h"
@@ -182,11 +183,59 @@ static PyObject *py_remove_bias(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* The homes of a stack's gradients, from a tuple of addresses; NULL with an error set. */
+static float **read_homes(PyObject *tuple) {
+    Py_ssize_t count = PyTuple_Size(tuple);
+    float **home = malloc((count + 1) * sizeof(float *));
+    if (!home) return (float **)PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++)
+        home[i] = (float *)PyLong_AsUnsignedLongLong(PyTuple_GetItem(tuple, i));
+    return home;
+}
+
+static PyObject *py_gather(PyObject *self, PyObject *args) {
+    stack s;
+    address W, b;
+    PyObject *homes;
+    if (!PyArg_ParseTuple(args, "LLLKKO!", &s.B, &s.n, &s.m, &W, &b, &PyTuple_Type, &homes))
+        return NULL;
+    s.W = (float *)W, s.b = (float *)b;
+    if (!(s.home = read_homes(homes))) return NULL;
+    gather(&s);
+    free(s.home);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_scatter(PyObject *self, PyObject *args) {
+    stack s;
+    address W, b, ratio;
+    PyObject *homes;
+    if (!PyArg_ParseTuple(args, "LLLKKO!K", &s.B, &s.n, &s.m, &W, &b, &PyTuple_Type, &homes, &ratio))
+        return NULL;
+    s.W = (float *)W, s.b = (float *)b;
+    if (!(s.home = read_homes(homes))) return NULL;
+    scatter(&s, (const float *)ratio);
+    free(s.home);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_joint_norms(PyObject *self, PyObject *args) {
+    stack s = {0};
+    address W, b, norm;
+    if (!PyArg_ParseTuple(args, "LLLKKK", &s.B, &s.n, &s.m, &W, &b, &norm)) return NULL;
+    s.W = (float *)W, s.b = (float *)b;
+    joint_norms(&s, (float *)norm);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"row_sums", py_row_sums, METH_VARARGS, "Sums of the rows of each part, and of all squares."},
     {"add_call", py_add_call, METH_VARARGS, "Add the sums of a call's inputs and gradients."},
     {"patch_sums", py_patch_sums, METH_VARARGS, "Summed patches of each part's images."},
     {"line_sums", py_line_sums, METH_VARARGS, "Output gradients summed over lines of images."},
+    {"gather", py_gather, METH_VARARGS, "Small gradients side by side."},
+    {"scatter", py_scatter, METH_VARARGS, "The same times a ratio, back to where they were."},
+    {"joint_norms", py_joint_norms, METH_VARARGS, "Norms of weights and biases together."},
     {"check", py_check, METH_VARARGS, "Which layers had data that is finite."},
     {"count", py_count, METH_VARARGS, "What follows from counts and squares."},
     {"ratio", py_ratio, METH_VARARGS, "What preconditioned gradients are multiplied with."},

@@ -1,4 +1,4 @@
-/* What is a number per layer; see mkor/roster.py and mkor/application.py. */
+/* What is a number per layer; see mkor/step/roster.py and mkor/step/application.py. */
 
 #ifndef MKOR_LAYERS_H
 #define MKOR_LAYERS_H

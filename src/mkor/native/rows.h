@@ -1,4 +1,4 @@
-/* Sums of rows by parts; see mkor/rows.py and mkor/linear.py. */
+/* Sums of rows by parts; see mkor/layers/rows.py and mkor/layers/linear.py. */
 
 #ifndef MKOR_ROWS_H
 #define MKOR_ROWS_H

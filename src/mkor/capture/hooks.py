@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mkor.gate import Gate, Site
+from mkor.capture.gate import Gate, Site
+from mkor.capture.tray import Call
+from mkor.layers.sums import Kept, PartSums
 from mkor.profiling import span
-from mkor.sums import Kept, PartSums
-from mkor.tray import Call
 
 __all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook"]
 

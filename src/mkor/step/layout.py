@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mkor.batches import Batch
+from mkor.capture.gate import Gate
 from mkor.communication.assignment import Assignment
 from mkor.communication.sharding import Shard, shard_of
 from mkor.curvature.contract import SIDES, BatchShape, Curvature
-from mkor.gate import Gate
-from mkor.renewal import inverters
-from mkor.roster import Roster
 from mkor.selection import Layer
-from mkor.slots import slots_for
+from mkor.step.batches import Batch
+from mkor.step.renewal import inverters
+from mkor.step.roster import Roster
+from mkor.step.slots import slots_for
 
 __all__ = ["allocate"]
 

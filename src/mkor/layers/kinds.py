@@ -15,10 +15,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from mkor.convolution import ConvKind
-from mkor.geometry import Geometry
-from mkor.linear import LinearKind
-from mkor.sums import PartSums, Pick
+from mkor.layers.convolution import ConvKind
+from mkor.layers.geometry import Geometry
+from mkor.layers.linear import LinearKind
+from mkor.layers.sums import PartSums, Pick
 
 __all__ = ["LayerKind", "Role", "describe"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mkor.capture import GradientHook, InertHook
-from mkor.gate import Gate, Site
+from mkor.capture.gate import Gate, Site
+from mkor.capture.hooks import GradientHook, InertHook
 from mkor.profiling import span
 from mkor.selection import Layer
 

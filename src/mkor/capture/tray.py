@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mkor import native
-from mkor.layers import LayerKind
-from mkor.linear import SMALL, LinearKind, plan_rows
+from mkor.layers.kinds import LayerKind
+from mkor.layers.linear import SMALL, LinearKind, plan_rows
+from mkor.layers.sums import Kept, PartSums, Pick
 from mkor.memo import memo
 from mkor.profiling import span
-from mkor.sums import Kept, PartSums, Pick
 
 __all__ = ["META", "Call", "Source", "Tray"]
 
@@ -79,7 +79,8 @@ class Tray:
     """The calls of a batch of layers.
 
     Args:
-        a: ``[B, k, d_in]``, see :class:`mkor.gate.Site`; without rows if inputs are not captured.
+        a: ``[B, k, d_in]``, see :class:`mkor.capture.gate.Site`; without rows if inputs are not
+            captured.
         g: ``[B, k, d_out]``, likewise of output gradients.
         meta: ``[B, 3 + k]``.
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mkor import linalg, native
+from mkor.capture.tray import META
 from mkor.curvature.contract import BatchShape
-from mkor.tray import META
 
 __all__ = ["Counted", "Roster"]
 
@@ -106,7 +106,7 @@ class Roster:
         """See which layers have data, and whether statistics and gradients are finite.
 
         Args:
-            meta: ``[N, 3 + k]``, see :class:`mkor.gate.Site`.
+            meta: ``[N, 3 + k]``, see :class:`mkor.capture.gate.Site`.
         """
         if native.serves(meta, self.last):
             native.check(meta, self.last[0], self.seen, self.finite, self.bad)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mkor import linalg, native
-from mkor.batches import Batch, by_roster
 from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
 from mkor.communication.sharding import Shard
-from mkor.gradients import Gradients, find, neighbours, norms, span_of, write
-from mkor.roster import Roster
+from mkor.step.batches import Batch, by_roster
+from mkor.step.gradients import Gradients, find, neighbours, norms, span_of, write
+from mkor.step.roster import Roster
 
 __all__ = ["Stage", "measure", "precondition", "scale"]
 

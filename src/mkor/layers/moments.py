@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mkor.sums import PartSums
+from mkor.layers.sums import PartSums
 
 __all__ = ["moments"]
 

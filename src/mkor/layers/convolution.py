@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mkor import native
-from mkor.geometry import Geometry, Lines, crop
+from mkor.layers.geometry import Geometry, Lines, crop
+from mkor.layers.patches import patch_maps
+from mkor.layers.rows import Chunks, place, sum_parts
+from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares
 from mkor.memo import memo
-from mkor.patches import patch_maps
-from mkor.rows import Chunks, place, sum_parts
-from mkor.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["ConvKind"]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from mkor.batches import Batch
 from mkor.communication.assignment import Assignment
 from mkor.communication.communicator import Communicator
 from mkor.curvature.contract import Curvature, Inverting
 from mkor.selection import Layer
+from mkor.step.batches import Batch
 
 __all__ = ["assignment_for", "inverters", "renew"]
 

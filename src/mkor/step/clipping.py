@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.application import scale
-from mkor.batches import Batch, by_roster
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import local
+from mkor.step.application import scale
+from mkor.step.batches import Batch, by_roster
 
 __all__ = ["clip_kl", "gradients_finite"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mkor.geometry import Axis, Geometry
+from mkor.layers.geometry import Axis, Geometry
+from mkor.layers.sums import accumulator
 from mkor.memo import memo
-from mkor.sums import accumulator
 
 __all__ = ["PatchMaps", "patch_maps"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mkor.rows import Chunks, take_parts
+from mkor.layers.rows import Chunks, take_parts
 
 __all__ = ["Kept", "PartSums", "Pick", "accumulator", "choose", "squares"]
 
@@ -114,7 +114,7 @@ def choose(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int = 0) -> list[T
         dim: Along which the samples lie.
 
     Returns:
-        As :func:`mkor.rows.take_parts` returns them.
+        As :func:`mkor.layers.rows.take_parts` returns them.
     """
     if not isinstance(pick.update, Tensor):
         return take_parts(x, pick.vectors, chunks, pick.update, dim)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
+from mkor.capture.gate import Site
+from mkor.capture.tray import Tray
 from mkor.communication.sharding import Shard
 from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
-from mkor.gate import Site
-from mkor.roster import Counted, Roster
 from mkor.selection import Layer
-from mkor.slots import Slots
-from mkor.tray import Tray
+from mkor.step.roster import Counted, Roster
+from mkor.step.slots import Slots
 
 __all__ = ["Batch", "by_roster", "counts_of", "fingerprint"]
 
@@ -41,7 +41,7 @@ class Batch:
         a: ``[B, k, d_in]``, sums of inputs, over all processes once they are read; a side that is
             not captured has no vectors. Covariances follow the ``k`` vectors.
         g: ``[B, k, d_out]``, sums of raw output gradients likewise.
-        meta: ``[B, 3 + k]``, see :class:`mkor.gate.Site`.
+        meta: ``[B, 3 + k]``, see :class:`mkor.capture.gate.Site`.
         last, seen, fed, done, refused: The layers' part of the roster's.
     """
 

@@ -10,13 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mkor.layers import LayerKind
-from mkor.linear import SMALL, LinearKind
-from mkor.moments import moments
-from mkor.output_layer import OutputSearch
-from mkor.passes import Passes
-from mkor.sums import PartSums, Pick
-from mkor.tray import META, Call, Source, Tray
+from mkor.capture.output_layer import OutputSearch
+from mkor.capture.passes import Passes
+from mkor.capture.tray import META, Call, Source, Tray
+from mkor.layers.kinds import LayerKind
+from mkor.layers.linear import SMALL, LinearKind
+from mkor.layers.moments import moments
+from mkor.layers.sums import PartSums, Pick
 
 __all__ = ["Gate", "Site"]
 
@@ -126,7 +126,7 @@ class Gate:
         return True
 
     def add(self, site: Site, source: Source, g: Tensor) -> bool:
-        """Sum a call at once, if there is a kernel for it; see :meth:`mkor.tray.Tray.add`.
+        """Sum a call at once, if there is a kernel for it; see :meth:`mkor.capture.tray.Tray.add`.
 
         Args:
             site: Of the layer.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mkor import linalg
-from mkor.batches import Batch
+from mkor import linalg, native
+from mkor.step.batches import Batch
 
 __all__ = ["Gradients", "find", "neighbours", "norms", "span_of", "write"]
 
@@ -31,6 +31,7 @@ class Gradients:
         targets: The layers' own gradients: of one layer, or of those that were copied.
         alone: Whether ``W`` is large and must be copied to be multiplied, one at a time.
         copies: Rows of copied ``W`` and ``b``, one for each target; none for a view.
+        stacked: Whether a kernel made the copies, and will put them back.
     """
 
     where: slice
@@ -39,6 +40,7 @@ class Gradients:
     targets: list[Tensor]
     alone: bool = False
     copies: list[Tensor] = field(default_factory=list)
+    stacked: bool = False
 
     @property
     def in_place(self) -> bool:
@@ -94,11 +96,14 @@ def _copied(
     weights, biases = [weight for weight, _ in run], [bias for _, bias in run if bias is not None]
     W = weights[0].new_empty(len(run), *size, dtype=dtype)
     b = W.new_empty(len(run), *width) if biases else None
+    targets = [*weights, *biases]
+    if native.serves(W, *targets):
+        native.gather(targets, W, b)
+        return Gradients(where, W, b, targets, stacked=True)
     copies = [_like(row, w) for row, w in zip(W.unbind(), weights, strict=True)]
     if b is not None:
         rows = zip(b.unbind(), run, strict=True)
         copies += [_like(row, bias) for row, (_, bias) in rows if bias is not None]
-    targets = [*weights, *biases]
     torch._foreach_copy_(copies, targets)
     return Gradients(where, W, b, targets, copies=copies)
 
@@ -145,7 +150,9 @@ def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:
     factors: list[Tensor] = []
     sizes = [some.where.stop - some.where.start for some in gradients]
     for some, by in zip(gradients, linalg.cut(ratio, sizes), strict=True):
-        if some.copies:
+        if some.stacked:
+            native.scatter(some.W, some.b, by, some.targets)
+        elif some.copies:
             some.W.mul_(by.view(-1, 1, 1))
             if some.b is not None:
                 some.b.mul_(by.unsqueeze(1))

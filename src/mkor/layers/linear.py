@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mkor import native
-from mkor.rows import Chunks, place, sum_parts, take_parts
-from mkor.sums import PartSums, Pick, accumulator, choose, squares
+from mkor.layers.rows import Chunks, place, sum_parts, take_parts
+from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["SMALL", "LinearKind", "plan_rows"]
 

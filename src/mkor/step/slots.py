@@ -9,9 +9,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from mkor.capture.gate import Gate
+from mkor.capture.tray import META
 from mkor.curvature.contract import BatchShape
-from mkor.gate import Gate
-from mkor.tray import META
 
 __all__ = ["Slots", "slots_for"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mkor.batches import Batch, by_roster, counts_of
 from mkor.communication.assignment import Assignment
 from mkor.curvature.contract import Inverting
-from mkor.renewal import renew
+from mkor.step.batches import Batch, by_roster, counts_of
+from mkor.step.renewal import renew
 
 __all__ = ["learn"]
 

@@ -1,0 +1,1 @@
+"""From a running model to sums of a few vectors per layer."""

@@ -1,0 +1,1 @@
+"""Kinds of layers: which rows a call of each has, and their sums."""

@@ -1,0 +1,53 @@
+/* Small gradients side by side, and back; see mkor/step/gradients.py. */
+
+#ifndef MKOR_GRADIENTS_H
+#define MKOR_GRADIENTS_H
+
+#include <math.h>
+#include <string.h>
+
+#include "vectors.h"
+
+/* Gradients of B layers: n entries of each weight in W [B, n], m of each bias in b [B, m], where m
+   may be 0; and where they came from, all weights and then all biases. */
+typedef struct {
+    long long B, n, m;
+    float *W, *b;
+    float **home;
+} stack;
+
+static void gather(const stack *s) {
+    for (int64_t i = 0; i < s->B; i++) {
+        memcpy(s->W + i * s->n, s->home[i], s->n * sizeof(float));
+        if (s->m) memcpy(s->b + i * s->m, s->home[s->B + i], s->m * sizeof(float));
+    }
+}
+
+/* Each layer's entries times its ratio, to where they came from. */
+MANY static void scatter(const stack *s, const float *ratio) {
+    for (int64_t i = 0; i < s->B; i++) {
+        float *restrict W = s->home[i];
+        for (int64_t c = 0; c < s->n; c++) W[c] = ratio[i] * s->W[i * s->n + c];
+        if (!s->m) continue;
+        float *restrict b = s->home[s->B + i];
+        for (int64_t c = 0; c < s->m; c++) b[c] = ratio[i] * s->b[i * s->m + c];
+    }
+}
+
+/* Squares that are added up in single precision. */
+#define FEW_SQUARES 4096
+
+/* norm[B] = sqrt(|W_i|^2 + |b_i|^2). */
+MANY static void joint_norms(const stack *s, float *norm) {
+    for (int64_t i = 0; i < s->B; i++) {
+        const float *W = s->W + i * s->n, *b = s->b + i * s->m;
+        double squares = s->m ? dot(b, b, s->m) : 0;
+        for (int64_t c = 0; c < s->n; c += FEW_SQUARES) {
+            int64_t some = s->n - c < FEW_SQUARES ? s->n - c : FEW_SQUARES;
+            squares += dot(W + c, W + c, some);
+        }
+        norm[i] = (float)sqrt(squares);
+    }
+}
+
+#endif

@@ -1,0 +1,1 @@
+"""What a step does with what was captured: learn, precondition, write back."""
