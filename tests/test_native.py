@@ -341,7 +341,8 @@ def test_runs(run, make, bias, monkeypatch):
     expected = trained(make, bias, **how)
     for one, other in zip(found, expected, strict=True):
         for p, q in zip(one, other, strict=True):
-            assert_close(p, q, 1e-4)
+            # Either is this far from the same run in float64.
+            assert_close(p, q, 5e-4)
 
 
 @compiled
