@@ -91,7 +91,7 @@ def test_convolutions(name):
 
 def test_more_images_than_are_unfolded_at_once(monkeypatch):
     """Patches are made a few images at a time; the sum does not depend on how many."""
-    from mkor import convolution
+    from mkor.layers import convolution
 
     monkeypatch.setattr(convolution, "SLAB", 1000)
     run(net(), images(5, (7,)), damping=0.1)
