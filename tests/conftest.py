@@ -33,14 +33,14 @@ def _fresh_torch():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """No kernels, no mask's values read to take shorter ways: what runs is what runs on a GPU."""
-    monkeypatch.setattr("mkor.native._kernels", None)
+    monkeypatch.setattr("mkor.native.loading._kernels", None)
     monkeypatch.setattr("mkor.linalg.basics._readable", lambda _: False)
 
 
 @pytest.fixture
 def without_kernels(monkeypatch):
     """Torch's operators do everything, as where the kernels were not compiled."""
-    monkeypatch.setattr("mkor.native._kernels", None)
+    monkeypatch.setattr("mkor.native.loading._kernels", None)
 
 
 @pytest.fixture(params=["kernels", "torch"])

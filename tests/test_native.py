@@ -33,7 +33,7 @@ compiled = pytest.mark.skipif(not native.in_use(), reason="the kernels were not 
 @pytest.fixture
 def used(monkeypatch):
     """How often each kernel ran."""
-    found, kernels = Counter(), native._kernels
+    found, kernels = Counter(), native.loading._kernels
 
     def counting(name):
         def call(*args):
@@ -44,7 +44,7 @@ def used(monkeypatch):
 
     names = [name for name in dir(kernels) if not name.startswith("_")]
     counters = {name: counting(name) for name in names}
-    monkeypatch.setattr("mkor.native._kernels", SimpleNamespace(**counters))
+    monkeypatch.setattr("mkor.native.loading._kernels", SimpleNamespace(**counters))
     return found
 
 
@@ -337,7 +337,7 @@ RUNS = {
 def test_runs(run, make, bias, monkeypatch):
     how = {"rows": 8} | RUNS[run]
     found = trained(make, bias, **how)
-    monkeypatch.setattr("mkor.native._kernels", None)
+    monkeypatch.setattr("mkor.native.loading._kernels", None)
     expected = trained(make, bias, **how)
     for one, other in zip(found, expected, strict=True):
         for p, q in zip(one, other, strict=True):
@@ -347,7 +347,7 @@ def test_runs(run, make, bias, monkeypatch):
 
 @compiled
 def test_where_kernels_are_used(used):
-    everything = {name for name in vars(native._kernels) if name != "row_sums"}
+    everything = {name for name in vars(native.loading._kernels) if name != "row_sums"}
     for dtype, factors, expected in [
         (F32, None, everything),
         (F64, None, set()),
@@ -421,7 +421,7 @@ def test_large_sums_are_left_to_several_threads(monkeypatch, used):
     kind = describe(nn.Linear(4, 4))[0].kind
     x = torch.randn(100, 4)
     for most, calls in ((400, 1), (399, 0)):
-        monkeypatch.setattr("mkor.native.ONE_THREAD", most)
+        monkeypatch.setattr("mkor.native.loading.ONE_THREAD", most)
         used.clear()
         kind.input_sums(x, Pick(4, None, 0))
         assert used["row_sums"] == calls

@@ -2,7 +2,7 @@
 
    Products of matrices stay with torch. Every function has a twin in torch operators, which serves
    all other devices and dtypes; tests/test_native.py compares the two. Arrays are dense and passed
-   as addresses; mkor/native/__init__.py is their only caller and checks what it hands over. */
+   as addresses; the Python files beside this one are their only callers and know their sizes. */
 
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>

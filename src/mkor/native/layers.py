@@ -1,0 +1,125 @@
+"""Numbers per layer, and small gradients side by side: ``layers.h`` and ``gradients.h``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mkor.native.loading import kernels
+
+__all__ = ["check", "count", "gather", "joint_norms", "ratio", "scatter"]
+
+
+def check(meta: Tensor, norms: Tensor, seen: Tensor, finite: Tensor, bad: Tensor) -> None:
+    """See :meth:`mkor.step.roster.Roster.check`.
+
+    Args:
+        meta: ``[N, 3 + k]``.
+        norms: ``[N]``, of the raw gradients.
+        seen: ``[N]`` bool, overwritten.
+        finite: ``[N]`` bool, overwritten.
+        bad: 0-dim bool, overwritten.
+    """
+    N, k = meta.shape[0], meta.shape[1] - 3
+    tensors = (meta, norms, seen, finite, bad)
+    kernels().check(N, k, *(x.data_ptr() for x in tensors))
+
+
+def count(
+    scale: float,
+    refuse: Tensor,
+    meta: Tensor,
+    widths: Tensor,
+    seen: Tensor,
+    numbers: Tensor,
+    filled: Tensor,
+    accept: Tensor,
+) -> bool:
+    """See :meth:`mkor.step.roster.Roster.count`.
+
+    Args:
+        scale: What raw ``g`` is multiplied with beside the number of rows.
+        refuse: 0-dim bool, whether nothing is learned.
+        meta: ``[N, 3 + k]``.
+        widths: ``[3, N]``: ``d_out``, ``d_in`` with the column of ones, whether there is one.
+        seen: ``[N]`` bool.
+        numbers: ``[(4 + 2 k) N]``, overwritten with used rows, scales of raw ``g``, mean squares of
+            both sides, rows by vector and scales by vector.
+        filled: ``[N, k]`` bool, overwritten.
+        accept: ``[N]`` bool, overwritten.
+
+    Returns:
+        Whether all slots of all layers are filled and accepted.
+    """
+    N, k = filled.shape
+    tensors = (refuse, meta, widths, seen, numbers, filled, accept)
+    return bool(kernels().count(N, k, scale, *(x.data_ptr() for x in tensors)))
+
+
+def ratio(
+    average: Tensor, raw: Tensor, norm: Tensor, done: Tensor, momentum: float, running: bool
+) -> Tensor:
+    """What preconditioned gradients are multiplied with, see :mod:`mkor.step.application`.
+
+    Args:
+        average: ``[b, 2]``, running norms, changed in place.
+        raw: ``[b]``, norms of the gradients before.
+        norm: ``[b]``, and after.
+        done: ``[b]`` bool, which were preconditioned.
+        momentum: ``gamma``.
+        running: Whether it is the ratio of the running norms.
+
+    Returns:
+        ``[b]``.
+    """
+    found = torch.empty_like(raw)
+    tensors = (average, raw, norm, done, found)
+    kernels().ratio(len(raw), running, momentum, *(x.data_ptr() for x in tensors))
+    return found
+
+
+def gather(homes: Sequence[Tensor], W: Tensor, b: Tensor | None) -> None:
+    """Copy small gradients side by side.
+
+    Args:
+        homes: Weights' gradients, then as many of biases where there are any.
+        W: ``[B, ...]``, overwritten.
+        b: ``[B, d_out]`` likewise, or None.
+    """
+    kernels().gather(*_stack(W, b), tuple(x.data_ptr() for x in homes))
+
+
+def scatter(W: Tensor, b: Tensor | None, ratio: Tensor, homes: Sequence[Tensor]) -> None:
+    """Multiply each layer's gradients and put them back.
+
+    Args:
+        W: ``[B, ...]``.
+        b: ``[B, d_out]`` or None.
+        ratio: ``[B]``.
+        homes: As for :func:`gather`, overwritten.
+    """
+    addresses = tuple(x.data_ptr() for x in homes)
+    kernels().scatter(*_stack(W, b), addresses, ratio.data_ptr())
+
+
+def joint_norms(W: Tensor, b: Tensor | None) -> Tensor:
+    """See :func:`mkor.linalg.joint_norm`.
+
+    Args:
+        W: ``[B, ...]``.
+        b: ``[B, ...]`` or None.
+
+    Returns:
+        ``[B]``.
+    """
+    norm = W.new_empty(len(W))
+    kernels().joint_norms(*_stack(W, b), norm.data_ptr())
+    return norm
+
+
+def _stack(W: Tensor, b: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Layers, entries of each and addresses."""
+    n, m = W[0].numel(), 0 if b is None else b.shape[1]
+    return len(W), n, m, W.data_ptr(), 0 if b is None else b.data_ptr()

@@ -1,0 +1,83 @@
+"""The kernels as they were compiled, if they were, and what they serve."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_use", "kernels", "pays", "serves"]
+
+ONE_THREAD = 1 << 20
+"""Numbers that one thread reads in less time than it takes to wake others."""
+
+
+def _load() -> ModuleType | None:
+    if os.environ.get("MKOR_NATIVE", "1") == "0":
+        return None
+    try:
+        return importlib.import_module("mkor.native._kernels")
+    except ImportError:
+        return None
+
+
+_kernels = _load()
+
+
+def in_use() -> bool:
+    """Whether the kernels were compiled and not switched off.
+
+    Returns:
+        False where torch's operators do everything.
+    """
+    return _kernels is not None
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels can work on tensors.
+
+    Args:
+        tensors: Any.
+
+    Returns:
+        Whether all are dense float32 on a CPU, and hold numbers: no fakes, nothing being traced.
+    """
+    if _kernels is None or torch.compiler.is_compiling():
+        return False
+    # A loop: this is asked for every call of every layer.
+    for x in tensors:
+        if x.dtype is not torch.float32 or not x.is_cpu or type(x) is not Tensor:
+            return False
+        # Some gradients have no memory (`sgn`), some are read with the other sign.
+        if not x.is_contiguous() or x._is_zerotensor() or x.is_neg():
+            return False
+    return True
+
+
+def pays(entries: int) -> bool:
+    """Whether a kernel, which has one thread, is faster than torch's operators.
+
+    Args:
+        entries: Numbers that it would read.
+
+    Returns:
+        False where these are many and torch has several threads.
+    """
+    return entries <= ONE_THREAD or torch.get_num_threads() == 1
+
+
+def kernels() -> ModuleType:
+    """The compiled module.
+
+    Returns:
+        Its functions take addresses.
+
+    Raises:
+        RuntimeError: It was not compiled.
+    """
+    if _kernels is None:
+        raise RuntimeError("the kernels are not compiled: ask `serves` first")
+    return _kernels
