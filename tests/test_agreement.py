@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mkor
 from launches import launches_of
+from mkor import native
 from processes import described
 
 SECONDS = 10.0
@@ -76,6 +77,14 @@ def frozen(differs, name):
     net = net_of()
     net.get_parameter(name).requires_grad_(not differs)
     return net, mkor.MKOR(net, sgd(net.parameters()), **OPTIONS)
+
+
+def kernels(differs):
+    """Where nothing was compiled."""
+    net = net_of()
+    optimizer = mkor.MKOR(net, sgd(net.parameters()), **OPTIONS)
+    native.loading._kernels = None if differs else native.loading._load()
+    return net, optimizer
 
 
 def checkpoint(differs, earlier=True, seed=0, nothing=False):
@@ -148,6 +157,7 @@ WRONG = {
     "a base without a bias": (parameters, {"left_out": "first.bias"}, "first"),
     "a base without a layer, DDP": (parameters, {"left_out": "inner0", "under": "ddp"}, "inner0"),
     "a frozen weight": (frozen, {"name": "inner0.weight"}, "inner0"),
+    **({"kernels": (kernels, {}, "compiled")} if native.in_use() else {}),
     "an earlier checkpoint": (checkpoint, {}, "(step|update|checkpoint)"),
     "no checkpoint": (checkpoint, {"nothing": True}, "(step|update|checkpoint)"),
     "another run's checkpoint": (checkpoint, {"earlier": False, "seed": 1}, "(factor|checkpoint)"),
@@ -175,6 +185,8 @@ def run(place, name):
             take_step(net, optimizer, step)
     except RuntimeError as error:
         return described(error, start)
+    finally:
+        native.loading._kernels = native.loading._load()
     return None
 
 

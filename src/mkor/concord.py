@@ -67,8 +67,7 @@ class Concord:
             "curvature": repr(self._curvature),
             "base": type(self._base).__name__,
             "taken": f"{steps} steps and {updates} updates",
-            # Both compute the same, but round differently.
-            "kernels": "compiled" if native.in_use() else "not compiled",
+            "kernels": _kernels(watch),
             "factors": fingerprint(watch.batches, updates),
             **self._options.facts(),
             **watch.selection.facts(),
@@ -79,3 +78,10 @@ class Concord:
         # A first step without passes says nothing of the next ones'.
         self._reached = steps > 0 or any(seen for _, seen in passes)
         self._one_pass = all(count == 1 for count, _ in passes)
+
+
+def _kernels(watch: Watch) -> str:
+    """Who does the small things on a CPU: both compute the same, but round differently."""
+    if all(batch.shape.device.type != "cpu" for batch in watch.batches):
+        return "not needed"
+    return "compiled" if native.in_use() else "not compiled, or switched off"
