@@ -105,7 +105,7 @@ class ForwardHook(InertHook):
             output.register_hook(lambda _: search.backward(self.key))
         if site is None or not _trains(module):
             return
-        a: PartSums | Tensor | None = x
+        a: PartSums | Tensor | None = x.detach()
         # What autograd keeps anyway is read with the gradient, the same work twice in a row.
         if not _is_saved(module, x):
             if not site.kind.fits(x, output):
@@ -167,7 +167,7 @@ class GradientHook:
             if not site.kind.fits(a, grad):
                 return
             # The graph may live on, and be used again; its inputs need not.
-            a = self.a = gate.inputs(site.kind, a.detach(), pick)
+            a = self.a = gate.inputs(site.kind, a, pick)
         elif isinstance(a, Kept):
             a = self.a = a.sums
         g = gate.outputs(site.kind, grad, pick)

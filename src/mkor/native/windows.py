@@ -61,7 +61,7 @@ def update_window(
 
 
 def root(gram: Tensor, weights: Tensor, mean_square: Tensor, damping: float, one: float) -> Tensor:
-    """See :func:`mkor.linalg.whitening_root`.
+    """See :func:`mkor.linalg.whitening_roots`.
 
     Args:
         gram: ``[B, r, r]``.
