@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mkor.capture.gate import Gate, Site
 from mkor.capture.tray import Call
-from mkor.layers.sums import Kept, PartSums
+from mkor.layers.sums import PartSums
 from mkor.profiling import span
 
 __all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook"]
@@ -139,8 +139,7 @@ class GradientHook:
     __slots__ = ("a", "gate", "place", "shape", "site")
 
     def __init__(self, gate: Gate, site: Site, a: PartSums | Tensor | None, place: int = 0) -> None:
-        self.gate, self.site, self.place = gate, site, place
-        self.a: PartSums | Kept | Tensor | None = a
+        self.gate, self.site, self.a, self.place = gate, site, a, place
         self.shape: torch.Size | None = None
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
@@ -168,8 +167,6 @@ class GradientHook:
                 return
             # The graph may live on, and be used again; its inputs need not.
             a = self.a = gate.inputs(site.kind, a, pick)
-        elif isinstance(a, Kept):
-            a = self.a = a.sums
         g = gate.outputs(site.kind, grad, pick)
         # A captured CUDA graph repeats what ran on the device, and no callbacks.
         if grad.is_cuda and torch.cuda.is_current_stream_capturing():

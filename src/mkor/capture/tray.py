@@ -18,7 +18,7 @@ from torch import Tensor
 from mkor import native
 from mkor.layers.kinds import LayerKind
 from mkor.layers.linear import SMALL, LinearKind, plan_rows
-from mkor.layers.sums import Kept, PartSums, Pick
+from mkor.layers.sums import PartSums, Pick
 from mkor.memo import memo
 from mkor.profiling import span
 
@@ -35,7 +35,7 @@ class Source(Protocol):
         a: The input, or what was taken from it.
     """
 
-    a: PartSums | Kept | Tensor | None
+    a: PartSums | Tensor | None
 
 
 class Call(NamedTuple):
@@ -128,10 +128,13 @@ class Tray:
             parts, counts, total, used = plan_rows(a.shape[:-1], pick)
             if not native.pays(used * (kind.d_in + kind.d_out)):
                 return False
-            kept = a.new_empty(pick.vectors * kind.d_in + 1) if a.numel() > SMALL else None
-            native.add_call((a, g), parts, total, self._places[layer], kept)
-            if kept is not None:
-                source.a = Kept(kept, counts, total) if self._places[layer][0] else None
+            into, sums = self._places[layer], None
+            if into[0] and a.numel() > SMALL:
+                kept = a.new_empty(pick.vectors, kind.d_in), a.new_empty(())
+                sums = PartSums(*kept, counts, total)
+            native.add_call((a, g), parts, total, into, None if sums is None else kept)
+            if a.numel() > SMALL:
+                source.a = sums
         return True
 
     def drop(self) -> None:

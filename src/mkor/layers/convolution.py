@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mkor import native
 from mkor.layers.geometry import Geometry, Lines, crop
 from mkor.layers.patches import patch_maps
-from mkor.layers.rows import Chunks, place, sum_parts
+from mkor.layers.rows import Chunks, parts_of, place, sum_parts
 from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares
 from mkor.memo import memo
 
@@ -244,11 +244,8 @@ def _lines(choice: _Choice, all_of_them: int) -> tuple[int, int]:
 
 def _parts(choice: _Choice, images: int) -> native.Parts:
     """Parts of the images."""
-    k, chunks = choice.pick.vectors, choice.images
-    if chunks is None:
-        small, larger = divmod(images, k)
-        return native.Parts(k, small, small, 0, larger)
-    return native.Parts(k, chunks.size, chunks.stride, int(chunks.offset(choice.pick.update)))
+    pick = choice.pick
+    return parts_of(images, pick.vectors, choice.images, int(pick.update), unit=1)
 
 
 def _part_sums(

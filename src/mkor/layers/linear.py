@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mkor import native
-from mkor.layers.rows import Chunks, place, sum_parts, take_parts
+from mkor.layers.rows import Chunks, parts_of, place, sum_parts, take_parts
 from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares
 
 __all__ = ["SMALL", "LinearKind", "plan_rows"]
@@ -161,12 +161,7 @@ def plan_rows(lead: tuple[int, ...], pick: Pick) -> Plan:
     samples = total if pick.rows is not None or not lead else lead[0]
     chunks, counts = place(samples, pick.vectors, pick.rows)
     unit = total // samples
-    if chunks is None:
-        small, larger = divmod(samples, pick.vectors)
-        parts = native.Parts(pick.vectors, small, small, 0, larger, unit)
-    else:
-        offset = int(chunks.offset(pick.update))
-        parts = native.Parts(pick.vectors, chunks.size, chunks.stride, offset)
+    parts = parts_of(samples, pick.vectors, chunks, int(pick.update), unit)
     return Plan(parts, [n * unit for n in counts], total, sum(counts) * unit)
 
 

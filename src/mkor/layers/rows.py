@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mkor.memo import memo
+from mkor.native import Parts
 
-__all__ = ["Chunks", "part_sizes", "place", "place_chunks", "sum_parts", "take_parts"]
+__all__ = ["Chunks", "part_sizes", "parts_of", "place", "place_chunks", "sum_parts", "take_parts"]
 
 
 class Chunks(NamedTuple):
@@ -111,6 +112,25 @@ def place(samples: int, count: int, size: int | None) -> tuple[Chunks | None, li
     """
     chunks = None if size is None else place_chunks(samples, count, size)
     return chunks, [size] * count if chunks and size else part_sizes(samples, count)
+
+
+def parts_of(samples: int, count: int, chunks: Chunks | None, update: int, unit: int) -> Parts:
+    """The same choice of samples as :func:`take_parts` makes, for kernels.
+
+    Args:
+        samples: Samples in the batch.
+        count: Number of parts, ``k``.
+        chunks: Chosen chunks, or None for the whole batch in ``count`` nearly equal parts.
+        update: Number of updates so far.
+        unit: Rows of a sample.
+
+    Returns:
+        The parts.
+    """
+    if chunks is None:
+        small, larger = divmod(samples, count)
+        return Parts(count, small, small, 0, larger, unit)
+    return Parts(count, chunks.size, chunks.stride, int(chunks.offset(update)), 0, unit)
 
 
 def take_parts(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mkor.layers.rows import Chunks, take_parts
 
-__all__ = ["Kept", "PartSums", "Pick", "accumulator", "choose", "squares"]
+__all__ = ["PartSums", "Pick", "accumulator", "choose", "squares"]
 
 
 class Pick(NamedTuple):
@@ -51,26 +51,6 @@ class PartSums(NamedTuple):
             Views.
         """
         return self._replace(vectors=self.vectors[layer], square=self.square[layer])
-
-
-class Kept(NamedTuple):
-    """Sums of a call's inputs that a kernel made, in case that its graph is used again.
-
-    Attributes:
-        numbers: ``[k d + 1]``: vectors, and the sum of the squares.
-        counts: Rows in each part.
-        total: Rows of the whole call.
-    """
-
-    numbers: Tensor
-    counts: list[int]
-    total: int
-
-    @property
-    def sums(self) -> PartSums:
-        """The same as they are made otherwise."""
-        vectors = self.numbers[:-1].view(len(self.counts), -1)
-        return PartSums(vectors, self.numbers[-1], self.counts, self.total)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -29,16 +29,17 @@ static PyObject *py_row_sums(PyObject *self, PyObject *args) {
 }
 
 static PyObject *py_add_call(PyObject *self, PyObject *args) {
-    address x, g, a_place, g_place, meta, kept;
+    address x, g, a_place, g_place, meta, kept, square;
     long long d[2], total_rows;
     parts p;
-    if (!PyArg_ParseTuple(args, "KKLLLLLLLLLKKKK", &x, &g, &d[0], &d[1], &p.k, &p.size, &p.stride,
+    if (!PyArg_ParseTuple(args, "KKLLLLLLLLLKKKKK", &x, &g, &d[0], &d[1], &p.k, &p.size, &p.stride,
                           &p.offset, &p.extra, &p.unit, &total_rows, &a_place, &g_place, &meta,
-                          &kept))
+                          &kept, &square))
         return NULL;
     const float *const both[2] = {(const float *)x, (const float *)g};
     float *const into[2] = {(float *)a_place, (float *)g_place};
-    if (!add_call(both, d, &p, total_rows, into, (float *)meta, (float *)kept))
+    if (!add_call(both, d, &p, total_rows, into, (float *)meta, (float *)kept,
+                  (float *)square))
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -78,10 +79,10 @@ static PyObject *py_line_sums(PyObject *self, PyObject *args) {
 }
 
 static PyObject *py_check(PyObject *self, PyObject *args) {
-    long long N, k;
+    long long N, width;
     address meta, norms, seen, finite, bad;
-    if (!PyArg_ParseTuple(args, "LLKKKKK", &N, &k, &meta, &norms, &seen, &finite, &bad)) return NULL;
-    check_layers(N, k, (const float *)meta, (const float *)norms, (uint8_t *)seen,
+    if (!PyArg_ParseTuple(args, "LLKKKKK", &N, &width, &meta, &norms, &seen, &finite, &bad)) return NULL;
+    check_layers(N, width, (const float *)meta, (const float *)norms, (uint8_t *)seen,
                  (uint8_t *)finite, (uint8_t *)bad);
     Py_RETURN_NONE;
 }

@@ -9,12 +9,13 @@
 /* Numbers that lead a layer's counts: squares of a and of g, rows of the whole step. */
 #define META 3
 
-/* Which layers had data, whose squares and gradients are finite, and whether any layer's are not. */
-static void check_layers(int64_t N, int64_t k, const float *meta, const float *norms, uint8_t *seen,
-                         uint8_t *finite, uint8_t *bad) {
+/* Which of the layers in meta [N, width] had data, whose squares and gradients are finite, and
+   whether any layer's are not. */
+static void check_layers(int64_t N, int64_t width, const float *meta, const float *norms,
+                         uint8_t *seen, uint8_t *finite, uint8_t *bad) {
     *bad = 0;
-    for (int64_t i = 0; i < N; i++, meta += META + k) {
-        seen[i] = meta[2] > 0;
+    for (int64_t i = 0; i < N; i++, meta += width) {
+        seen[i] = meta[META - 1] > 0;
         /* None is negative, and NaN is not below infinity. */
         finite[i] = meta[0] + meta[1] + norms[i] < INFINITY;
         *bad |= !finite[i];
@@ -34,7 +35,7 @@ static int count_layers(int64_t N, int64_t k, float factor, int refuse, const fl
     for (int64_t i = 0; i < N; i++, meta += META + k) {
         const float *counts = meta + META;
         float n = 0;
-        scale[i] = meta[2] * factor;
+        scale[i] = meta[META - 1] * factor;
         for (int64_t j = 0; j < k; j++) {
             n += counts[j];
             rows[i * k + j] = counts[j] < 1 ? 1 : counts[j];

@@ -22,9 +22,8 @@ def check(meta: Tensor, norms: Tensor, seen: Tensor, finite: Tensor, bad: Tensor
         finite: ``[N]`` bool, overwritten.
         bad: 0-dim bool, overwritten.
     """
-    N, k = meta.shape[0], meta.shape[1] - 3
     tensors = (meta, norms, seen, finite, bad)
-    kernels().check(N, k, *(x.data_ptr() for x in tensors))
+    kernels().check(*meta.shape, *(x.data_ptr() for x in tensors))
 
 
 def count(

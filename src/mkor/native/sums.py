@@ -97,23 +97,23 @@ def _each(
 
 
 def add_call(
-    x: tuple[Tensor, Tensor],
+    both: tuple[Tensor, Tensor],
     parts: Parts,
     total: int,
     into: tuple[int, int, int],
-    kept: Tensor | None,
+    kept: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Add the sums of a call's inputs and output gradients to their places.
 
     Args:
-        x: Both, ``[..., d_in]`` and ``[..., d_out]``.
+        both: Of the call, ``[..., d_in]`` and ``[..., d_out]``.
         parts: Of their rows.
         total: Rows of the call, used or not.
         into: Addresses of the places of both, ``[k, d]``, 0 for one that is left out, and of the
             counts, see :class:`mkor.capture.gate.Site`.
-        kept: ``[k d_in + 1]``, filled with the sums of inputs and of their squares; or None.
+        kept: ``[k, d_in]`` and 0-dim, filled with the sums of inputs and of their squares; or None.
     """
-    a, g = x
+    a, g = both
     kernels().add_call(
         a.data_ptr(),
         g.data_ptr(),
@@ -122,5 +122,5 @@ def add_call(
         *parts,
         total,
         *into,
-        0 if kept is None else kept.data_ptr(),
+        *((0, 0) if kept is None else (x.data_ptr() for x in kept)),
     )
