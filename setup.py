@@ -8,10 +8,7 @@ HERE = Path("src/mkor/native")
 KERNELS = Extension(
     "mkor.native._kernels",
     [str(HERE / "kernels.c")],
-    depends=[
-        str(HERE / f"{name}.h")
-        for name in ("gradients", "images", "layers", "rows", "vectors", "windows")
-    ],
+    depends=sorted(map(str, HERE.glob("*.h"))),
     extra_compile_args=["-O3"],
     py_limited_api=True,
     optional=True,
