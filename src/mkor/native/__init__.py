@@ -1,11 +1,11 @@
 """Kernels for what is small and often in a step, on a CPU and in float32.
 
-Between the products of a step an operator on a few numbers takes 40 to 130 microseconds, since its
-code and its tensors are gone from the processor's caches: a dozen of them take longer than what
-they compute. Each function here is one call of C in their place; products of matrices
-stay with torch. The kernels are compiled when the package is installed. Where that was not
-possible, and for other devices and dtypes, torch's operators compute the same; the environment
-variable ``MKOR_NATIVE=0`` says so for everything.
+Between the products of a step an operator on a few numbers takes up to 114 microseconds
+(``benchmarks/processor.py``), since its code and its tensors are gone from the processor's caches:
+a dozen of them take longer than what they compute. Each function here is one call of C in their
+place; products of matrices stay with torch. The kernels are compiled when the package is installed.
+Where that was not possible, and for other devices and dtypes, torch's operators compute the same;
+the environment variable ``MKOR_NATIVE=0`` says so for everything.
 """
 
 from mkor.native.layers import check, count, gather, joint_norms, ratio, scatter
