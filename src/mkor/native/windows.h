@@ -111,6 +111,7 @@ MANY static int root(const float *gram, const float *weights, float lambda, floa
         float *t = T + i * wide, *x = X + i * wide;
         int64_t begin = i / BLOCK * BLOCK;
         for (int64_t c = begin; c < r; c++) t[c] = s[i] * (gram[i * r + c] + one) * s[c];
+        /* What is beyond r reaches nothing else, but should be numbers. */
         for (int64_t c = r; c < wide; c++) t[c] = 0;
         for (int64_t c = begin; c < r; c += BLOCK) subtract(t, T + i, wide, 0, i, T, wide, c);
         for (int64_t c = 0; c <= i; c += BLOCK) subtract(x, T + i, wide, c, i, X, wide, c);
