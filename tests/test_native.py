@@ -20,7 +20,6 @@ from mkor.curvature.window import Window
 from mkor.layers.kinds import describe
 from mkor.layers.linear import SMALL
 from mkor.layers.sums import Pick
-from mkor.step.application import _ratio
 from mkor.step.roster import Roster
 
 F32, F64 = torch.float32, torch.float64
@@ -81,7 +80,7 @@ def test_rows(width, rows, used):
         for update in (0, 1, 7):
             assert_sums(kind.input_sums, x, Pick(4, rows, update))
             assert_sums(kind.output_sums, x, Pick(4, rows, update))
-    assert used["row_sums"] == 8 * 3 * len(LEADS)
+    assert used["side_sums"] == 8 * 3 * len(LEADS)
 
 
 @compiled
@@ -128,7 +127,7 @@ def test_patches(layer, how, sizes, used):
     one, alike = (kind.input_sums(image, Pick(4, 8, 1)) for image in (x[0], x[:1]))
     assert torch.equal(one.vectors, alike.vectors)
     if type(layer) is nn.Conv2d:
-        assert used == {"patch_sums": 5 * 15 * 4 + 2, "line_sums": 5 * 15 * 4}
+        assert used == {"side_sums": 2 * 5 * 15 * 4 + 2}
     else:
         assert not used
 
@@ -240,20 +239,53 @@ def test_roster(numbers, used):
     assert used == {"check": 1, "count": 2}
 
 
+def rosters(layers):
+    """In float32, which kernels serve, and in float64, which they do not."""
+    shapes = [BatchShape(layers, 5, 6, True, ("left", "right"), dtype, CPU) for dtype in (F32, F64)]
+    return [Roster([shape]) for shape in shapes]
+
+
 @compiled
-@pytest.mark.parametrize("rescale", ["running", "step"])
-def test_ratio(rescale, used):
+@pytest.mark.parametrize("rescale", ["running", "step", None])
+@pytest.mark.parametrize("whole", [False, True])
+def test_conclusion(rescale, whole, used):
+    """Of layers in the midst of others."""
     raw = torch.tensor([1.0, 0.0, 2.0, 3.0, INF, NAN, 5.0])
     norm = torch.tensor([2.0, 1.0, 0.0, 4.0, 1.0, 1.0, 1.0])
-    done = torch.tensor([True, True, True, False, False, False, True])
-    average = torch.rand(7, 2)
-    average[:2] = 0
-    exact = average.double()
+    done = torch.tensor([True, True, True, False, False, False, True]) | whole
+    use = torch.tensor([True, True, True, True, False, True, True])
+    norms = torch.rand(9, 2)
+    norms[1:3] = 0
+    ours, exact = rosters(9)
+    for some in (ours, exact):
+        some.last[0, 1:8], some.norms[:] = raw, norms
     for _ in range(3):
-        found = _ratio(average, raw, norm, done, 0.9, rescale)
-        assert_close(found, _ratio(exact, raw.double(), norm.double(), done, 0.9, rescale))
-        assert_close(average, exact)
-    assert used == {"ratio": 3}
+        found, expected = (
+            some.conclude(slice(1, 8), norm.to(some.last.dtype), done, use, (0.9, rescale))
+            for some in (ours, exact)
+        )
+        assert_close(found, expected)
+        for key in ("norms", "last", "done", "refused"):
+            assert_close(getattr(ours, key), getattr(exact, key))
+    assert ours.refused[1].tolist() == [0, 0, 0, 0, 3 * (not whole), 0, 3 * (not whole), 0, 0]
+    assert ours.done.tolist() == [False, *done.tolist(), False]
+    assert used == ({} if rescale is None else {"ratio": 3})
+
+
+@compiled
+@pytest.mark.parametrize("due", [False, True])
+def test_which_are_usable(due, used):
+    """Every mixture of what is asked of a layer."""
+    places = torch.arange(16)
+    ours, exact = rosters(16)
+    for some in (ours, exact):
+        some.updates[:] = 3 * (places & 1)
+        some.seen[:], some.finite[:] = (places & 2) > 0, (places & 4) > 0
+        some.last[0] = torch.where((places & 8) > 0, 1.0, torch.tensor([INF, NAN]).repeat(8))
+    for found, expected in zip(ours.usable(due), exact.usable(due), strict=True):
+        assert torch.equal(found, expected)
+    assert used == {"usable": 1}
+    assert expected.sum() == (1 if due else 4)
 
 
 @compiled
@@ -347,7 +379,7 @@ def test_runs(run, make, bias, monkeypatch):
 
 @compiled
 def test_where_kernels_are_used(used):
-    everything = {name for name in vars(native.loading._kernels) if name != "row_sums"}
+    everything = {name for name in vars(native.loading._kernels) if name != "side_sums"}
     for dtype, factors, expected in [
         (F32, None, everything),
         (F64, None, set()),
@@ -424,7 +456,7 @@ def test_large_sums_are_left_to_several_threads(monkeypatch, used):
         monkeypatch.setattr("mkor.native.loading.ONE_THREAD", most)
         used.clear()
         kind.input_sums(x, Pick(4, None, 0))
-        assert used["row_sums"] == calls
+        assert used["side_sums"] == calls
 
 
 STEP = """

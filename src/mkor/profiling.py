@@ -7,10 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd import profiler
 
-__all__ = ["span"]
+__all__ = ["is_profiling", "span"]
 
 
 _NOTHING = nullcontext()
+
+
+def is_profiling() -> bool:
+    """Whether ranges are recorded; to be asked where even an empty context takes too long.
+
+    Returns:
+        Whether a profiler is running, and code is not being compiled.
+    """
+    return profiler._is_profiler_enabled and not torch.compiler.is_compiling()
 
 
 def span(name: str) -> AbstractContextManager[object]:
@@ -22,6 +31,6 @@ def span(name: str) -> AbstractContextManager[object]:
     Returns:
         A context manager that does nothing unless a profiler is running.
     """
-    if profiler._is_profiler_enabled and not torch.compiler.is_compiling():
+    if is_profiling():
         return torch.profiler.record_function(name)
     return _NOTHING

@@ -133,9 +133,12 @@ class Watch:
             wanted: Whether the step takes an update.
             rows: Rows per vector and micro-batch; None for all.
         """
-        self.gate.update, self.gate.rows = updates, rows
+        self.gate.begin(updates, rows)
+        for tick in {id(batch.tick): batch.tick for batch in self.batches}.values():
+            tick.fill_(updates)
         for batch in self.batches:
-            batch.tick.fill_(updates)
+            if wanted:
+                batch.plan(self.gate.now)
         self.gate.want(wanted)
 
     def check_captures(self) -> None:

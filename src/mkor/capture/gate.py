@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from mkor import native
 from mkor.capture.output_layer import OutputSearch
 from mkor.capture.passes import Passes
 from mkor.capture.tray import META, Call, Source, Tray
 from mkor.layers.kinds import LayerKind
 from mkor.layers.linear import SMALL, LinearKind
 from mkor.layers.moments import moments
-from mkor.layers.sums import PartSums, Pick
+from mkor.layers.sums import PartSums, Pick, sums_by
 
 __all__ = ["Gate", "Site"]
 
@@ -31,11 +31,11 @@ class Gate:
     Attributes:
         vectors: Parts per call, ``k``.
         rows: Rows per part and call; None for all.
+        now: Which rows the passes of this step use.
         left: Whether ``g`` is captured.
         right: Whether ``a`` is captured.
         covariance: Whether the outer products of all rows are captured with their sums.
         open: Whether passes count at present.
-        update: Number of updates so far, which moves the chunks of rows.
         search: The search for the output layers while it is on.
         calls: Times a hook ran since the last step, not counting compiled ones.
         held: Entries that are kept until the backward pass ends.
@@ -48,26 +48,37 @@ class Gate:
     right: bool
     covariance: bool = False
     open: bool = True
-    update: int = 0
     search: OutputSearch | None = None
     calls: int = 0
     held: int = 0
     passes: Passes = field(default_factory=Passes)
+    now: Pick = field(init=False)
     _paused: int = field(default=0, repr=False)
     _wanted: bool = field(default=True, repr=False)
 
+    def __post_init__(self) -> None:
+        self.now = self.pick(0)
+
     def pick(self, update: int | Tensor) -> Pick:
-        """Which rows the passes of this step use.
+        """Which rows the passes of a step use.
 
         Args:
-            update: Number of updates so far.
+            update: Number of updates so far, which moves the chunks of rows.
 
         Returns:
             The choice.
         """
-        if isinstance(update, Tensor):
-            return Pick(self.vectors, self.rows, update)
-        return _pick(self.vectors, self.rows, update)
+        return Pick(self.vectors, self.rows, update)
+
+    def begin(self, update: int, rows: int | None) -> None:
+        """Choose the rows that the coming passes use.
+
+        Args:
+            update: Number of updates so far.
+            rows: Rows per part and call; None for all.
+        """
+        self.rows = rows
+        self.now = self.pick(update)
 
     def inputs(self, kind: LayerKind, x: Tensor, pick: Pick) -> PartSums | None:
         """What is taken from a call's input.
@@ -125,21 +136,6 @@ class Gate:
         self.keep(tray, Call(site.index, (a, g), site.kind, source, a._version + g._version))
         return True
 
-    def add(self, site: Site, source: Source, g: Tensor) -> bool:
-        """Sum a call at once, if there is a kernel for it; see :meth:`mkor.capture.tray.Tray.add`.
-
-        Args:
-            site: Of the layer.
-            source: Holds the call's input as ``a``.
-            g: The gradient of the output.
-
-        Returns:
-            Whether it was.
-        """
-        if self.covariance:
-            return False
-        return site.tray.add(site.index, site.kind, source, g, self.pick(self.update))
-
     def keep(self, tray: Tray, call: Call) -> None:
         """Put a call on a tray, to be added when the backward pass ends that is running.
 
@@ -150,7 +146,7 @@ class Gate:
         tray.put(call)
         task = torch._C._current_graph_task_id()
         if tray.task != task:
-            tray.task, tray.pick = task, self.pick(self.update)
+            tray.task, tray.pick = task, self.now
             self.passes.at_end(tray.empty)
             self.passes.at_end(self._let_go)
 
@@ -187,9 +183,7 @@ class Gate:
             self.want(self._wanted)
 
 
-@lru_cache(maxsize=8)
-def _pick(vectors: int, rows: int | None, update: int) -> Pick:
-    return Pick(vectors, rows, update)
+_Planned = tuple[Sequence[int], Sequence[int], Pick | None, native.Plan | None]
 
 
 @dataclass(eq=False)
@@ -206,6 +200,8 @@ class Site:
             passes.
         index: The layer's place in its batch.
         tray: Where calls wait for those of the batch's other layers.
+        places: Addresses of ``a``, ``g`` and ``meta`` for kernels, 0 for a side that is not
+            captured; None where no kernel adds calls.
     """
 
     kind: LayerKind
@@ -216,6 +212,47 @@ class Site:
     sharded: bool
     index: int
     tray: Tray
+    places: tuple[int, int, int] | None = None
+    _planned: _Planned = field(default=((), (), None, None), repr=False)
+
+    def begin(self, pick: Pick) -> None:
+        """Plan calls like the last one, for that is slow between the products of a pass.
+
+        Args:
+            pick: Which rows the coming passes use.
+        """
+        x_sizes, g_sizes, planned_for, _ = self._planned
+        if planned_for is not None:
+            self._planned = (x_sizes, g_sizes, pick, self.kind.plan(x_sizes, g_sizes, pick))
+
+    def add_call(self, source: Source, g: Tensor, pick: Pick) -> bool:
+        """Sum a call at once by a kernel, which takes no time worth waiting for.
+
+        Args:
+            source: Holds the call's input as ``a``, and what is left of it then.
+            g: The gradient of the output.
+            pick: Which rows are used.
+
+        Returns:
+            Whether there was a kernel for it.
+        """
+        a = source.a
+        if self.places is None or not isinstance(a, Tensor) or not native.serves(a, g):
+            return False
+        x_sizes, g_sizes, planned_for, plan = self._planned
+        if pick is not planned_for or a.shape != x_sizes or g.shape != g_sizes:
+            # What does not fit is nothing to capture.
+            if not self.kind.fits(a, g):
+                return True
+            plan = self.kind.plan(a.shape, g.shape, pick)
+            self._planned = (a.shape, g.shape, pick, plan)
+        if plan is None or not native.pays(plan.reads):
+            return False
+        native.add_call(plan, a, g, self.places)
+        # The graph may live on, and be used again; its inputs need not.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        source.a = sums_by(plan, 0, a) if kept and self.places[0] else None
+        return True
 
     def add(self, a: PartSums | None, g: PartSums | None) -> None:
         """Add one call's sums.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mkor.capture.gate import Gate, Site
 from mkor.capture.tray import Call
 from mkor.layers.sums import PartSums
-from mkor.profiling import span
+from mkor.profiling import is_profiling, span
 
 __all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook"]
 
@@ -79,20 +79,19 @@ class ForwardHook(InertHook):
             None, or in compiled code the output passed through.
         """
         gate = self.gate
-        if not gate.open or not torch.is_grad_enabled():
+        if not gate.open:
             return None
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            gate.calls += 1
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
         output = output[0] if isinstance(output, tuple) else output
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
-            return None
-        if x.numel() == 0:
+            if not compiling:
+                gate.calls += torch.is_grad_enabled()
             return None
         if compiling:
             return self._compiled(module, x, output)
-        if torch._C._functorch.peek_interpreter_stack() is None:
+        gate.calls += 1
+        if x.numel() and torch._C._functorch.peek_interpreter_stack() is None:
             self._eager(module, x, output)
         return None
 
@@ -111,12 +110,12 @@ class ForwardHook(InertHook):
             if not site.kind.fits(x, output):
                 return
             with span("mkor.capture"):
-                a = gate.inputs(site.kind, x.detach(), gate.pick(gate.update))
+                a = gate.inputs(site.kind, x.detach(), gate.now)
         _wait_for_gradient(output, GradientHook(gate, site, a))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
-        if site is None or not _trains(module) or not site.kind.fits(x, output):
+        if site is None or not _trains(module) or not site.kind.fits(x, output) or not x.numel():
             return None
         a = gate.inputs(site.kind, x.detach(), gate.pick(site.update))
         tapped: Tensor = _Tap.apply(output, site, gate, a)  # type: ignore[no-untyped-call]
@@ -153,15 +152,22 @@ class GradientHook:
             return
         if self.shape is not None:
             grad = grad.reshape(self.shape)
-        with span("mkor.capture"):
-            if not (gate.add(site, self, grad) or gate.hold(site, self, grad)):
-                self._capture(grad.detach())
+        if is_profiling():
+            with span("mkor.capture"):
+                self._take(grad)
+        else:
+            self._take(grad)
         if site.sharded:
             gate.passes.count(site)
 
+    def _take(self, grad: Tensor) -> None:
+        gate, site = self.gate, self.site
+        if not (site.add_call(self, grad, gate.now) or gate.hold(site, self, grad)):
+            self._capture(grad.detach())
+
     def _capture(self, grad: Tensor) -> None:
         gate, site, a = self.gate, self.site, self.a
-        pick = gate.pick(gate.update)
+        pick = gate.now
         if isinstance(a, Tensor):
             if not site.kind.fits(a, grad):
                 return
@@ -205,7 +211,8 @@ def _wait_for_gradient(output: Tensor, hook: GradientHook) -> None:
     node: Any = output.grad_fn
     if node is None:
         # Another hook made it a leaf.
-        output.register_hook(lambda grad: hook((grad,)))
+        if torch.is_grad_enabled():
+            output.register_hook(lambda grad: hook((grad,)))
         return
     hook.place = output.output_nr
     node.register_prehook(hook)
@@ -224,9 +231,10 @@ def _is_saved(module: nn.Module, x: Tensor) -> bool:
     # A subclass may transform it first; the input is then nobody's, and may change.
     if type(module).forward not in _PLAIN or "forward" in module.__dict__:
         return False
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
-        return False
+    if torch._C._is_any_autocast_enabled():
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
+            return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 

@@ -55,7 +55,7 @@ class Passes:
         """Note, in a layer's forward pass, which ``DistributedDataParallel`` it runs in."""
         if self._ddp is not None and self._ddp() is not None:
             return
-        ddp: Any = DistributedDataParallel._get_active_ddp_module()
+        ddp = DistributedDataParallel._active_ddp_module
         self._ddp = None if ddp is None else weakref.ref(ddp)
 
     def count(self, key: Hashable) -> None:

@@ -7,7 +7,6 @@ are even stacked: an operation takes the same few microseconds for one layer as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
@@ -15,9 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mkor import native
 from mkor.layers.kinds import LayerKind
-from mkor.layers.linear import SMALL, LinearKind, plan_rows
+from mkor.layers.linear import SMALL
 from mkor.layers.sums import PartSums, Pick
 from mkor.memo import memo
 from mkor.profiling import span
@@ -96,7 +94,6 @@ class Tray:
         self.trusts = True
         self.task: int | None = None
         self.pick = Pick(1, None, 0)
-        self._places = _places(a, g, meta)
 
     def put(self, call: Call) -> None:
         """Keep a call until the backward pass ends.
@@ -105,37 +102,6 @@ class Tray:
             call: The call.
         """
         self._calls.append(call)
-
-    def add(self, layer: int, kind: LayerKind, source: Source, g: Tensor, pick: Pick) -> bool:
-        """Sum a call at once by a kernel, which takes no time worth waiting for.
-
-        Args:
-            layer: Its place in the batch.
-            kind: Of the layer.
-            source: Holds the call's input as ``a``; sums take its place if it is large.
-            g: The gradient of the output.
-            pick: Which rows are used.
-
-        Returns:
-            Whether there was a kernel for it.
-        """
-        a = source.a
-        if self._places is None or type(kind) is not LinearKind or not isinstance(a, Tensor):
-            return False
-        if not native.serves(a, g):
-            return False
-        if kind.fits(a, g):
-            parts, counts, total, used = plan_rows(a.shape[:-1], pick)
-            if not native.pays(used * (kind.d_in + kind.d_out)):
-                return False
-            into, sums = self._places[layer], None
-            if into[0] and a.numel() > SMALL:
-                kept = a.new_empty(pick.vectors, kind.d_in), a.new_empty(())
-                sums = PartSums(*kept, counts, total)
-            native.add_call((a, g), parts, total, into, None if sums is None else kept)
-            if a.numel() > SMALL:
-                source.a = sums
-        return True
 
     def drop(self) -> None:
         """Forget the calls of a pass that did not end."""
@@ -214,17 +180,6 @@ def _looks(side: PartSums | Tensor | None) -> object:
     if isinstance(side, PartSums):
         return side.total, tuple(side.counts)
     return side if side is None else (side.shape, side.dtype)
-
-
-def _places(a: Tensor, g: Tensor, meta: Tensor) -> list[tuple[int, int, int]] | None:
-    """Addresses of each layer's sums and counts, 0 where a side is not captured, for kernels."""
-    if not native.serves(a, g, meta):
-        return None
-
-    def address(x: Tensor, layer: int) -> int:
-        return x.data_ptr() + 4 * layer * math.prod(x.shape[1:]) if x.numel() else 0
-
-    return [(address(a, i), address(g, i), address(meta, i)) for i in range(len(meta))]
 
 
 @memo(maxsize=64)

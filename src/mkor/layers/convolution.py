@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from mkor import native
 from mkor.layers.geometry import Geometry, Lines, crop
 from mkor.layers.patches import patch_maps
 from mkor.layers.rows import Chunks, parts_of, place, sum_parts
-from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares
+from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares, sums_by
 from mkor.memo import memo
 
 __all__ = ["ConvKind"]
@@ -94,16 +95,10 @@ class ConvKind:
         images = [self._batched(x) for x in xs]
         first = images[0]
         outputs = self.geometry.outputs(first.shape[2:])
+        plan = self._plan_for(images, first.shape, (len(first), self.d_out, *outputs), pick)
+        if plan is not None and native.pays(plan.reads):
+            return sums_by(plan, 0, images if dim else first)
         choice, geometry = self._chosen(len(first), outputs, pick), self.geometry
-        if self._served(images, pick):
-            axes = [
-                (axis.kernel, axis.stride, axis.dilation, axis.padding[0], axis.outputs)
-                for axis in geometry.axes(first.shape[2:])
-            ]
-            lines = _lines(choice, outputs[0])
-            parts = _parts(choice, len(first))
-            found = native.patch_sums(images, axes, lines, parts)
-            return _part_sums(found, choice, (len(first), *outputs), x)
         if choice.lines is not None:
             cropped = [crop(x, geometry, choice.lines) for x in images]
             images, geometry = [x for x, _ in cropped], cropped[0][1]
@@ -130,11 +125,10 @@ class ConvKind:
         images = [self._batched(g) for g in gs]
         total = images[0].numel() // self.d_out
         sizes = images[0].shape
+        plan = self._plan_for(images, (), sizes, pick)
+        if plan is not None and native.pays(plan.reads):
+            return sums_by(plan, 1, images if dim else images[0])
         choice = self._chosen(sizes[0], sizes[2:], pick)
-        if self._served(images, pick):
-            lines = _lines(choice, sizes[2])
-            found = native.line_sums(images, lines, _parts(choice, sizes[0]))
-            return _part_sums(found, choice, (sizes[0], *sizes[2:]), g)
         if choice.lines is not None:
             images = [choice.lines.of(g) for g in images]
         first = images[0]
@@ -144,6 +138,22 @@ class ConvKind:
         vectors = sum_parts(runs, lambda run: run.sum(over, dtype=dtype), pick.vectors, dim)
         counts = [n * math.prod(first.shape[2:]) for n in choice.counts]
         return PartSums(vectors, squares(runs, dim), counts, total)
+
+    def plan(self, x: Sequence[int], g: Sequence[int], pick: Pick) -> native.Plan | None:
+        """How kernels sum a call; see :class:`LayerKind`.
+
+        Args:
+            x: Sizes of its input; none where only output gradients are summed.
+            g: Sizes of its output.
+            pick: Which rows are used, in an update that is known.
+
+        Returns:
+            The plan; None for convolutions of other than two axes, or whose padding is no zeros.
+        """
+        if self.geometry.mode != "zeros" or self._axes != 2:
+            return None
+        samples = g[0] if len(g) > self._axes + 1 else 1
+        return _plan(self, tuple(x[-3:]), samples, tuple(g[-2:]), pick)
 
     def stacks(self, x: Tensor, pick: Pick) -> bool:
         """Whether calls like this are summed together; see :class:`LayerKind`.
@@ -185,12 +195,13 @@ class ConvKind:
         """
         yield self._batched(g).movedim(1, -1).reshape(-1, self.d_out)
 
-    def _served(self, images: Sequence[Tensor], pick: Pick) -> bool:
-        """Whether there are kernels for these images."""
-        plain = self.geometry.mode == "zeros" and self._axes == 2
-        if not plain or isinstance(pick.update, Tensor) or not native.serves(*images):
-            return False
-        return pick.rows is not None or native.pays(images[0].numel())
+    def _plan_for(
+        self, images: Sequence[Tensor], x: Sequence[int], g: Sequence[int], pick: Pick
+    ) -> native.Plan | None:
+        """The plan for these images, if kernels serve them."""
+        if isinstance(pick.update, Tensor) or not native.serves(*images):
+            return None
+        return self.plan(x, g, pick)
 
     @property
     def _axes(self) -> int:
@@ -236,29 +247,22 @@ def _step(turn: int) -> int:
     return step
 
 
-def _lines(choice: _Choice, all_of_them: int) -> tuple[int, int]:
-    """The first line that is used, and how many are."""
-    lines = choice.lines
-    return (0, all_of_them) if lines is None else (int(lines.start), lines.size)
-
-
-def _parts(choice: _Choice, images: int) -> native.Parts:
-    """Parts of the images."""
-    pick = choice.pick
-    return parts_of(images, pick.vectors, choice.images, int(pick.update), unit=1)
-
-
-def _part_sums(
-    found: tuple[Tensor, Tensor],
-    choice: _Choice,
-    sizes: Sequence[int],
-    x: Tensor | Sequence[Tensor],
-) -> PartSums:
-    """What a kernel found in images whose output has these sizes, of one call or of several."""
-    _, lines = _lines(choice, sizes[1])
-    counts = [n * lines * math.prod(sizes[2:]) for n in choice.counts]
-    sums = PartSums(*found, counts, math.prod(sizes))
-    return sums.of(0) if isinstance(x, Tensor) else sums
+@lru_cache(maxsize=64)
+def _plan(
+    kind: ConvKind, x: tuple[int, ...], samples: int, outputs: tuple[int, int], pick: Pick
+) -> native.Plan:
+    """Of calls with images ``[samples, *x]``, where ``x`` is empty if nobody asks for inputs."""
+    choice = kind._chosen(samples, outputs, pick)
+    chosen, across = choice.lines, outputs[1]
+    lines = (0, outputs[0]) if chosen is None else (int(chosen.start), chosen.size)
+    parts = parts_of(samples, pick.vectors, choice.images, int(choice.pick.update), unit=1)
+    geometry = kind.geometry
+    before = [padding[0] for padding in geometry.padding]
+    moves = (geometry.kernel, geometry.stride, geometry.dilation, before)
+    inputs = native.Images(x or (0, 0, 0), *moves, lines, across)
+    ones = native.Images((kind.d_out, *outputs), (1, 1), (1, 1), (1, 1), (0, 0), lines, across)
+    widths, total = (kind.d_in, kind.d_out), samples * math.prod(outputs)
+    return native.Plan(parts, lines[1] * across, total, widths, (inputs, ones))
 
 
 def _listed(x: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from mkor import native
 from mkor.layers.convolution import ConvKind
 from mkor.layers.geometry import Geometry
 from mkor.layers.linear import LinearKind
@@ -45,6 +46,9 @@ class LayerKind(Protocol):
 
     def output_sums(self, g: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of raw ``g`` over the same parts, from the gradient of the layer's output."""
+
+    def plan(self, x: Sequence[int], g: Sequence[int], pick: Pick) -> native.Plan | None:
+        """How kernels sum a call whose input and output have sizes ``x`` and ``g``, if they can."""
 
     def stacks(self, x: Tensor, pick: Pick) -> bool:
         """Whether calls with inputs or output gradients like ``x`` are summed faster together."""

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mkor import native
 from mkor.layers.rows import Chunks, parts_of, place, sum_parts, take_parts
-from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares
+from mkor.layers.sums import PartSums, Pick, accumulator, choose, squares, sums_by
 
-__all__ = ["SMALL", "LinearKind", "plan_rows"]
+__all__ = ["SMALL", "LinearKind"]
 
 SMALL = 1 << 14
 """Calls with no more entries are stacked."""
@@ -53,7 +52,7 @@ class LinearKind:
         Returns:
             Vectors ``[k, d_in]``; of several layers ``[B, k, d_in]``.
         """
-        return _sums(x, pick)
+        return _sums(self, x, pick, 0)
 
     def output_sums(self, g: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of raw ``g``; see :class:`LayerKind`.
@@ -65,7 +64,20 @@ class LinearKind:
         Returns:
             Vectors ``[k, d_out]``; of several layers ``[B, k, d_out]``.
         """
-        return _sums(g, pick)
+        return _sums(self, g, pick, 1)
+
+    def plan(self, x: Sequence[int], g: Sequence[int], pick: Pick) -> native.Plan:
+        """How kernels sum a call; see :class:`LayerKind`.
+
+        Args:
+            x: Sizes of its input.
+            g: Sizes of its output.
+            pick: Which rows are used, in an update that is known.
+
+        Returns:
+            The plan.
+        """
+        return _plan(self, tuple(x[:-1]), pick)
 
     def stacks(self, x: Tensor, pick: Pick) -> bool:
         """Whether calls like this are summed together; see :class:`LayerKind`.
@@ -102,14 +114,13 @@ class LinearKind:
         yield g.reshape(-1, self.d_out)
 
 
-def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
+def _sums(kind: LinearKind, x: Tensor | Sequence[Tensor], pick: Pick, side: int) -> PartSums:
     """Sums over rows ``[*, d]``, or over those of several layers."""
     xs = [x] if isinstance(x, Tensor) else x
     if not isinstance(pick.update, Tensor) and native.serves(*xs):
-        plan = plan_rows(xs[0].shape[:-1], pick)
-        if native.pays(plan.used * xs[0].shape[-1]):
-            sums = PartSums(*native.row_sums(xs, plan.parts), plan.counts, plan.total)
-            return sums.of(0) if isinstance(x, Tensor) else sums
+        plan = _plan(kind, xs[0].shape[:-1], pick)
+        if native.pays(plan.reads):
+            return sums_by(plan, side, x)
     dim = 0
     if not isinstance(x, Tensor):
         x, dim = torch.stack(list(x)), 1
@@ -129,40 +140,15 @@ def _sums(x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
     return PartSums(vectors, square, counts, total)
 
 
-class Plan(NamedTuple):
-    """Which rows of calls of one shape are used.
-
-    Attributes:
-        parts: For kernels.
-        counts: Rows in each part.
-        total: Rows of a call, used or not.
-        used: Rows in all parts.
-    """
-
-    parts: native.Parts
-    counts: list[int]
-    total: int
-    used: int
-
-
 @lru_cache(maxsize=64)
-def plan_rows(lead: tuple[int, ...], pick: Pick) -> Plan:
-    """Place the parts of calls of one shape.
-
-    Args:
-        lead: All dimensions but the last.
-        pick: Which rows are used, in an update that is known.
-
-    Returns:
-        The plan.
-    """
+def _plan(kind: LinearKind, lead: tuple[int, ...], pick: Pick) -> native.Plan:
+    """Of calls whose tensors have these dimensions before the last."""
     total = math.prod(lead)
     # With all rows the cut is along the first dimension: a sequence is never divided.
     samples = total if pick.rows is not None or not lead else lead[0]
-    chunks, counts = place(samples, pick.vectors, pick.rows)
-    unit = total // samples
-    parts = parts_of(samples, pick.vectors, chunks, int(pick.update), unit)
-    return Plan(parts, [n * unit for n in counts], total, sum(counts) * unit)
+    chunks, _ = place(samples, pick.vectors, pick.rows)
+    parts = parts_of(samples, pick.vectors, chunks, int(pick.update), unit=total // samples)
+    return native.Plan(parts, 1, total, (kind.d_in, kind.d_out))
 
 
 def _row_runs(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int) -> list[Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mkor import native
 from mkor.layers.rows import Chunks, take_parts
 
-__all__ = ["PartSums", "Pick", "accumulator", "choose", "squares"]
+__all__ = ["PartSums", "Pick", "accumulator", "choose", "squares", "sums_by"]
 
 
 class Pick(NamedTuple):
@@ -102,3 +104,19 @@ def choose(x: Tensor, pick: Pick, chunks: Chunks | None, dim: int = 0) -> list[T
         return take_parts(x, pick.vectors, None, 0, dim)
     indices = chunks.indices(pick.update, x.device)
     return [x.index_select(dim, indices.flatten()).unflatten(dim, indices.shape)]
+
+
+def sums_by(plan: native.Plan, side: int, x: Tensor | Sequence[Tensor]) -> PartSums:
+    """Sums by a kernel.
+
+    Args:
+        plan: For calls like this.
+        side: 0 for inputs, 1 for output gradients.
+        x: Of a call; or of several layers' calls.
+
+    Returns:
+        Vectors ``[k, d]``; of several layers ``[B, k, d]``.
+    """
+    found = native.side_sums(plan, side, [x] if isinstance(x, Tensor) else x)
+    sums = PartSums(*found, plan.counts, plan.total)
+    return sums.of(0) if isinstance(x, Tensor) else sums

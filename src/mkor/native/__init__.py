@@ -8,29 +8,31 @@ Where that was not possible, and for other devices and dtypes, torch's operators
 the environment variable ``MKOR_NATIVE=0`` says so for everything.
 """
 
-from mkor.native.layers import check, count, gather, joint_norms, ratio, scatter
-from mkor.native.loading import in_use, pays, serves
-from mkor.native.sums import Parts, add_call, line_sums, patch_sums, row_sums
+from mkor.native.layers import check, count, gather, joint_norms, ratio, scatter, usable
+from mkor.native.loading import addresses, in_use, pays, serves
+from mkor.native.sums import Images, Parts, Plan, add_call, side_sums
 from mkor.native.windows import Side, remove_bias, remove_rows, root, update_window
 
 __all__ = [
+    "Images",
     "Parts",
+    "Plan",
     "Side",
     "add_call",
+    "addresses",
     "check",
     "count",
     "gather",
     "in_use",
     "joint_norms",
-    "line_sums",
-    "patch_sums",
     "pays",
     "ratio",
     "remove_bias",
     "remove_rows",
     "root",
-    "row_sums",
     "scatter",
     "serves",
+    "side_sums",
     "update_window",
+    "usable",
 ]

@@ -1,4 +1,4 @@
-/* Sums of patches and of output positions; see mkor/layers/convolution.py. */
+/* Sums of the patches of images; see mkor/layers/convolution.py. */
 
 #ifndef MKOR_IMAGES_H
 #define MKOR_IMAGES_H
@@ -12,83 +12,108 @@ typedef struct {
     long long first, lines, across;
 } images;
 
-/* line[width] += those lines of a channel that lie under tap t of the chosen output lines, and
-   squares[width] += their squares. */
-INLINE void add_lines(const float *x, const images *im, int64_t t, float *restrict line,
-                      float *restrict squares) {
-    for (int64_t out = im->first; out < im->first + im->lines; out++) {
-        int64_t y = out * im->stride[0] + t * im->dilation[0] - im->before[0];
-        if (y < 0 || y >= im->height) continue;
-        const float *restrict row = x + y * im->width;
-        for (int64_t c = 0; c < im->width; c++) line[c] += row[c], squares[c] += row[c] * row[c];
-    }
+/* The lines of an image that lie under tap t of the chosen output lines: from y, n of them. */
+INLINE int64_t lines_under(const images *im, int64_t t, int64_t *y) {
+    int64_t start = im->first + t * im->dilation[0] - im->before[0], end = start + im->lines;
+    *y = start < 0 ? 0 : start;
+    return (end > im->height ? im->height : end) - *y;
 }
 
-/* The sum of a line's entries under tap t, outside of which there are zeros; all is that of all. */
-INLINE float under_tap(const float *line, float all, const images *im, int64_t t) {
-    int64_t step = im->stride[1], start = t * im->dilation[1] - im->before[1];
-    int64_t end = start + im->across * step;
-    if (step == 1 && 2 * im->across > im->width) {
-        for (int64_t c = 0; c < start && c < im->width; c++) all -= line[c];
-        for (int64_t c = end < 0 ? 0 : end; c < im->width; c++) all -= line[c];
-        return start < im->width && end > 0 ? all : 0;
-    }
-    float sum = 0;
-    for (int64_t c = start; c < end; c += step)
-        if (c >= 0 && c < im->width) sum += line[c];
+/* Columns [from, to) of n lines; adds their squares to *squares. */
+INLINE float columns(const float *x, int64_t width, int64_t n, int64_t from, int64_t to,
+                     double *squares) {
+    float sum = 0, found = 0;
+    for (int64_t c = from < 0 ? 0 : from; c < to && c < width; c++)
+        for (int64_t y = 0; y < n; y++) {
+            float v = x[y * width + c];
+            sum += v, found += v * v;
+        }
+    *squares += found;
     return sum;
 }
 
-INLINE float all_of(const float *line, int64_t wide) {
-    vec sum = {0};
-    for (int64_t c = 0; c < wide; c += LANES) sum += LOAD(line + c);
-    return total(&sum);
+/* out[taps] += the patches of one channel of an image, where steps are 1: under tap (t, u) there is
+   all of some lines but the columns at their ends. Returns the sum of squares. */
+INLINE double add_patches(const float *x, const images *im, float *out) {
+    double squares = 0, off = 0;
+    for (int64_t t = 0; t < im->taps[0]; t++) {
+        int64_t y, lines = lines_under(im, t, &y), n = lines * im->width, i = 0, used = 0;
+        if (lines <= 0) continue;
+        const float *block = x + y * im->width;
+        vec s = {0}, q = {0};
+        for (; i + LANES <= n; i += LANES) {
+            vec v = LOAD(block + i);
+            s += v, q += v * v;
+        }
+        for (; i < n; i++) s[0] += block[i], q[0] += block[i] * block[i];
+        float all = total(&s);
+        for (int64_t u = 0; u < im->taps[1]; u++) {
+            int64_t start = u * im->dilation[1] - im->before[1], end = start + im->across;
+            if (start >= im->width || end <= 0) continue;
+            used++;
+            out[t * im->taps[1] + u] += all - columns(block, im->width, lines, 0, start, &off) -
+                                        columns(block, im->width, lines, end, im->width, &off);
+        }
+        squares += used * (double)total(&q);
+    }
+    return squares - off;
 }
 
-/* sums[k, channels * taps] = summed patches of each part's images; returns that of all squares.
-   line[2 wide] is for work, where wide is the width made a multiple of LANES. */
-MANY static double patch_sums(const float *x, const images *im, const parts *p, int64_t wide,
-                              float *line, float *sums) {
-    int64_t area = im->height * im->width, taps = im->taps[0] * im->taps[1];
+/* Columns whose sums are kept at a time. */
+#define SOME 256
+
+/* The same with any steps: lines are summed first, then every so many of their columns. */
+INLINE double add_strided(const float *x, const images *im, float *out) {
+    float line[SOME], square[SOME];
     double squares = 0;
-    for (int64_t j = 0; j < p->k; j++) {
-        const float *part = x + start_of(p, j) * im->channels * area;
-        for (int64_t c = 0; c < im->channels; c++)
-            for (int64_t t = 0; t < im->taps[0]; t++) {
-                memset(line, 0, 2 * wide * sizeof(float));
-                for (int64_t image = 0; image < rows_of(p, j); image++)
-                    add_lines(part + (image * im->channels + c) * area, im, t, line, line + wide);
-                float all = all_of(line, wide), all_squares = all_of(line + wide, wide);
-                float *out = sums + (j * im->channels + c) * taps + t * im->taps[1];
-                for (int64_t u = 0; u < im->taps[1]; u++) {
-                    out[u] = under_tap(line, all, im, u);
-                    squares += under_tap(line + wide, all_squares, im, u);
-                }
+    int64_t step = im->stride[1];
+    for (int64_t t = 0; t < im->taps[0]; t++)
+        for (int64_t c = 0; c < im->width; c += SOME) {
+            int64_t n = im->width - c < SOME ? im->width - c : SOME;
+            memset(line, 0, n * sizeof(float)), memset(square, 0, n * sizeof(float));
+            for (int64_t at = im->first; at < im->first + im->lines; at++) {
+                int64_t y = at * im->stride[0] + t * im->dilation[0] - im->before[0];
+                if (y < 0 || y >= im->height) continue;
+                const float *row = x + y * im->width + c;
+                for (int64_t i = 0; i < n; i++) line[i] += row[i], square[i] += row[i] * row[i];
             }
-    }
+            for (int64_t u = 0; u < im->taps[1]; u++) {
+                int64_t start = u * im->dilation[1] - im->before[1] - c, end = start + im->across * step;
+                float sum = 0, found = 0;
+                if (start < 0) start = (start % step + step) % step;
+                for (int64_t i = start; i < end && i < n; i += step) sum += line[i], found += square[i];
+                out[t * im->taps[1] + u] += sum, squares += found;
+            }
+        }
     return squares;
 }
 
-/* sums[k, channels] = each part's images summed over the chosen lines, as wide as they are. */
-MANY static double line_sums(const float *g, const images *im, const parts *p, float *sums) {
-    int64_t area = im->height * im->width, n = im->lines * im->width;
+/* Channels from the one that is read to one that is asked for in advance: they are too far apart for
+   the processor to see what comes next. */
+#define AHEAD 2
+#define CACHE_LINE 16
+
+INLINE void ask_for(const float *x, const images *im) {
+    int64_t first = im->first * im->stride[0] - im->before[0];
+    int64_t lines = (im->lines - 1) * im->stride[0] + (im->taps[0] - 1) * im->dilation[0] + 1;
+    const float *start = x + (first < 0 ? 0 : first) * im->width;
+    for (int64_t i = 0; i < lines * im->width; i += CACHE_LINE) __builtin_prefetch(start + i);
+}
+
+/* sums[k, channels * taps] = summed patches of each part's images; returns that of all squares. */
+MANY static double patch_sums(const float *x, const images *im, const parts *p, float *sums) {
+    int64_t area = im->height * im->width, taps = im->taps[0] * im->taps[1];
+    int plain = im->stride[0] == 1 && im->stride[1] == 1;
     double squares = 0;
+    memset(sums, 0, p->k * im->channels * taps * sizeof(float));
     for (int64_t j = 0; j < p->k; j++)
-        for (int64_t c = 0; c < im->channels; c++) {
-            double sum = 0;
-            for (int64_t image = start_of(p, j); image < start_of(p, j) + rows_of(p, j); image++) {
-                const float *x = g + (image * im->channels + c) * area + im->first * im->width;
-                vec s = {0}, q = {0};
-                int64_t i = 0;
-                for (; i + LANES <= n; i += LANES) {
-                    vec v = LOAD(x + i);
-                    s += v, q += v * v;
-                }
-                for (; i < n; i++) s[0] += x[i], q[0] += x[i] * x[i];
-                sum += total(&s), squares += total(&q);
+        for (int64_t image = start_of(p, j); image < start_of(p, j) + rows_of(p, j); image++)
+            for (int64_t c = 0; c < im->channels; c++) {
+                const float *channel = x + (image * im->channels + c) * area;
+                float *out = sums + (j * im->channels + c) * taps;
+                ask_for(channel + AHEAD * area, im);
+                squares += plain ? add_patches(channel, im, out) : add_strided(channel, im, out);
             }
-            sums[j * im->channels + c] = (float)sum;
-        }
     return squares;
 }
 

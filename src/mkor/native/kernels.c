@@ -7,74 +7,29 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "calls.h"
 #include "gradients.h"
-#include "images.h"
 #include "layers.h"
-#include "rows.h"
 #include "windows.h"
 
 typedef unsigned long long address;
 
-static PyObject *py_row_sums(PyObject *self, PyObject *args) {
-    address x, sums, square;
-    long long d;
-    parts p;
-    if (!PyArg_ParseTuple(args, "KLLLLLLLKK", &x, &d, &p.k, &p.size, &p.stride, &p.offset, &p.extra,
-                          &p.unit, &sums, &square))
-        return NULL;
+static PyObject *py_side_sums(PyObject *self, PyObject *args) {
+    address s, x, sums, square;
+    int side;
+    if (!PyArg_ParseTuple(args, "KiKKK", &s, &side, &x, &sums, &square)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    *(float *)square = (float)row_sums((const float *)x, d, &p, (float *)sums);
+    *(float *)square = (float)side_sums((const plan *)s, side, (const float *)x, (float *)sums);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *py_add_call(PyObject *self, PyObject *args) {
-    address x, g, a_place, g_place, meta, kept, square;
-    long long d[2], total_rows;
-    parts p;
-    if (!PyArg_ParseTuple(args, "KKLLLLLLLLLKKKKK", &x, &g, &d[0], &d[1], &p.k, &p.size, &p.stride,
-                          &p.offset, &p.extra, &p.unit, &total_rows, &a_place, &g_place, &meta,
-                          &kept, &square))
-        return NULL;
+    address s, x, g, a_place, g_place, meta;
+    if (!PyArg_ParseTuple(args, "KKKKKK", &s, &x, &g, &a_place, &g_place, &meta)) return NULL;
     const float *const both[2] = {(const float *)x, (const float *)g};
     float *const into[2] = {(float *)a_place, (float *)g_place};
-    if (!add_call(both, d, &p, total_rows, into, (float *)meta, (float *)kept,
-                  (float *)square))
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_patch_sums(PyObject *self, PyObject *args) {
-    address x, sums, square;
-    images im;
-    parts p;
-    if (!PyArg_ParseTuple(args, "K(LLL)(LL)(LL)(LL)(LL)(LLL)(LLLLLL)KK", &x, &im.channels,
-                          &im.height, &im.width, &im.taps[0], &im.taps[1], &im.stride[0],
-                          &im.stride[1], &im.dilation[0], &im.dilation[1], &im.before[0],
-                          &im.before[1], &im.first, &im.lines, &im.across, &p.k, &p.size, &p.stride,
-                          &p.offset, &p.extra, &p.unit, &sums, &square))
-        return NULL;
-    int64_t wide = (im.width + LANES - 1) / LANES * LANES;
-    float *line = malloc(2 * wide * sizeof(float));
-    if (!line) return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    *(float *)square = (float)patch_sums((const float *)x, &im, &p, wide, line, (float *)sums);
-    Py_END_ALLOW_THREADS
-    free(line);
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_line_sums(PyObject *self, PyObject *args) {
-    address g, sums, square;
-    images im;
-    parts p;
-    if (!PyArg_ParseTuple(args, "K(LLL)(LL)(LLLLLL)KK", &g, &im.channels, &im.height, &im.width,
-                          &im.first, &im.lines, &p.k, &p.size, &p.stride, &p.offset, &p.extra,
-                          &p.unit, &sums, &square))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    *(float *)square = (float)line_sums((const float *)g, &im, &p, (float *)sums);
-    Py_END_ALLOW_THREADS
+    if (!add_call((const plan *)s, both, into, (float *)meta)) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -90,26 +45,38 @@ static PyObject *py_check(PyObject *self, PyObject *args) {
 static PyObject *py_count(PyObject *self, PyObject *args) {
     long long N, k;
     double factor;
-    address refuse, meta, widths, seen, numbers, filled, accept;
-    if (!PyArg_ParseTuple(args, "LLdKKKKKKK", &N, &k, &factor, &refuse, &meta, &widths, &seen,
-                          &numbers, &filled, &accept))
+    address refuse, meta, widths, seen, numbers, filled, accept, fed;
+    if (!PyArg_ParseTuple(args, "LLdKKKKKKKK", &N, &k, &factor, &refuse, &meta, &widths, &seen,
+                          &numbers, &filled, &accept, &fed))
         return NULL;
     return PyBool_FromLong(count_layers(
         N, k, (float)factor, *(const uint8_t *)refuse, (const float *)meta, (const float *)widths,
-        (const uint8_t *)seen, (float *)numbers, (uint8_t *)filled, (uint8_t *)accept));
+        (const uint8_t *)seen, (float *)numbers, (uint8_t *)filled, (uint8_t *)accept,
+        (uint8_t *)fed));
+}
+
+static PyObject *py_usable(PyObject *self, PyObject *args) {
+    long long N;
+    int due;
+    address updates, seen, finite, norms, use, ok;
+    if (!PyArg_ParseTuple(args, "LpKKKKKK", &N, &due, &updates, &seen, &finite, &norms, &use, &ok))
+        return NULL;
+    usable_layers(N, due, (const int64_t *)updates, (const uint8_t *)seen, (const uint8_t *)finite,
+                  (const float *)norms, (uint8_t *)use, (uint8_t *)ok);
+    Py_RETURN_NONE;
 }
 
 static PyObject *py_ratio(PyObject *self, PyObject *args) {
     long long N;
     int running;
     double gamma;
-    address average, raw, norm, done, ratio;
-    if (!PyArg_ParseTuple(args, "LpdKKKKK", &N, &running, &gamma, &average, &raw, &norm, &done,
-                          &ratio))
+    address average, raw, norm, done, last, all_done, ratio;
+    if (!PyArg_ParseTuple(args, "LpdKKKKKKK", &N, &running, &gamma, &average, &raw, &norm, &done,
+                          &last, &all_done, &ratio))
         return NULL;
-    norm_ratios(N, running, (float)gamma, (float *)average, (const float *)raw, (const float *)norm,
-                (const uint8_t *)done, (float *)ratio);
-    Py_RETURN_NONE;
+    return PyBool_FromLong(norm_ratios(
+        N, running, (float)gamma, (float *)average, (const float *)raw, (const float *)norm,
+        (const uint8_t *)done, (float *)last, (uint8_t *)all_done, (float *)ratio));
 }
 
 static int read_side(PyObject *tuple, side *s) {
@@ -230,15 +197,14 @@ static PyObject *py_joint_norms(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"row_sums", py_row_sums, METH_VARARGS, "Sums of the rows of each part, and of all squares."},
+    {"side_sums", py_side_sums, METH_VARARGS, "Sums of the parts of a side, and of all squares."},
     {"add_call", py_add_call, METH_VARARGS, "Add the sums of a call's inputs and gradients."},
-    {"patch_sums", py_patch_sums, METH_VARARGS, "Summed patches of each part's images."},
-    {"line_sums", py_line_sums, METH_VARARGS, "Output gradients summed over lines of images."},
     {"gather", py_gather, METH_VARARGS, "Small gradients side by side."},
     {"scatter", py_scatter, METH_VARARGS, "The same times a ratio, back to where they were."},
     {"joint_norms", py_joint_norms, METH_VARARGS, "Norms of weights and biases together."},
     {"check", py_check, METH_VARARGS, "Which layers had data that is finite."},
     {"count", py_count, METH_VARARGS, "What follows from counts and squares."},
+    {"usable", py_usable, METH_VARARGS, "Which layers and gradients are preconditioned."},
     {"ratio", py_ratio, METH_VARARGS, "What preconditioned gradients are multiplied with."},
     {"window_update", py_window_update, METH_VARARGS, "Age windows and write new vectors."},
     {"remove_rows", py_remove_rows, METH_VARARGS, "b - U^T U b."},

@@ -24,10 +24,10 @@ static void check_layers(int64_t N, int64_t width, const float *meta, const floa
 
 /* widths [3, N]: d_out, d_in with the column of ones, whether there is one. numbers [4 + 2k, N] is
    filled with used rows, scales of raw g, mean squares of both sides, then rows and scales of each
-   vector by layer. Returns whether all layers accept all slots. */
+   vector by layer; fed is a copy of seen. Returns whether all layers accept all slots. */
 static int count_layers(int64_t N, int64_t k, float factor, int refuse, const float *meta,
                         const float *widths, const uint8_t *seen, float *numbers, uint8_t *filled,
-                        uint8_t *accept) {
+                        uint8_t *accept, uint8_t *fed) {
     const float *d_out = widths, *d_in = d_out + N, *ones = d_in + N;
     float *used = numbers, *scale = used + N, *left = scale + N, *right = left + N;
     float *rows = right + N, *means = rows + N * k;
@@ -46,24 +46,42 @@ static int count_layers(int64_t N, int64_t k, float factor, int refuse, const fl
         used[i] = n < 1 ? 1 : n;
         left[i] = meta[1] * (scale[i] * scale[i]) / (used[i] * d_out[i]);
         right[i] = (meta[0] + used[i] * ones[i]) / (used[i] * d_in[i]);
+        fed[i] = seen[i];
         accept[i] = seen[i] && !refuse;
         whole &= accept[i];
     }
     return whole;
 }
 
+/* Which layers have factors to use; where a step is due, only with data that is finite. ok: those
+   whose gradient is finite, too. */
+static void usable_layers(int64_t N, int due, const int64_t *updates, const uint8_t *seen,
+                          const uint8_t *finite, const float *norms, uint8_t *use, uint8_t *ok) {
+    for (int64_t i = 0; i < N; i++) {
+        use[i] = updates[i] > 0 && (!due || (seen[i] && finite[i]));
+        ok[i] = use[i] && norms[i] < INFINITY;
+    }
+}
+
 /* What preconditioned gradients are multiplied with: the ratio of the norms before and after, or of
-   their running averages [N, 2], which move; 1 where it is no number, or nothing was done. */
-static void norm_ratios(int64_t N, int running, float gamma, float *average, const float *raw,
-                        const float *norm, const uint8_t *done, float *ratio) {
+   their running averages [N, 2], which move; 1 where it is no number, or nothing was done. The norm
+   and what was done are kept in last and in all_done. Returns whether everything was done. */
+static int norm_ratios(int64_t N, int running, float gamma, float *average, const float *raw,
+                       const float *norm, const uint8_t *done, float *last, uint8_t *all_done,
+                       float *ratio) {
+    int whole = 1;
     for (int64_t i = 0; i < N; i++, average += 2) {
         ratio[i] = 1;
+        last[i] = norm[i];
+        all_done[i] = done[i];
+        whole &= done[i];
         if (!done[i]) continue;
         average[0] += (1 - gamma) * (raw[i] - average[0]);
         average[1] += (1 - gamma) * (norm[i] - average[1]);
         float quotient = running ? average[0] / average[1] : raw[i] / norm[i];
         if (quotient > 0 && quotient < INFINITY) ratio[i] = quotient;
     }
+    return whole;
 }
 
 #endif

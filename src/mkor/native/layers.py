@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mkor.native.loading import kernels
 
-__all__ = ["check", "count", "gather", "joint_norms", "ratio", "scatter"]
+__all__ = ["check", "count", "gather", "joint_norms", "ratio", "scatter", "usable"]
 
 
 def check(meta: Tensor, norms: Tensor, seen: Tensor, finite: Tensor, bad: Tensor) -> None:
@@ -35,6 +35,7 @@ def count(
     numbers: Tensor,
     filled: Tensor,
     accept: Tensor,
+    fed: Tensor,
 ) -> bool:
     """See :meth:`mkor.step.roster.Roster.count`.
 
@@ -48,35 +49,66 @@ def count(
             both sides, rows by vector and scales by vector.
         filled: ``[N, k]`` bool, overwritten.
         accept: ``[N]`` bool, overwritten.
+        fed: ``[N]`` bool, overwritten with ``seen``.
 
     Returns:
         Whether all slots of all layers are filled and accepted.
     """
     N, k = filled.shape
-    tensors = (refuse, meta, widths, seen, numbers, filled, accept)
+    tensors = (refuse, meta, widths, seen, numbers, filled, accept, fed)
     return bool(kernels().count(N, k, scale, *(x.data_ptr() for x in tensors)))
 
 
-def ratio(
-    average: Tensor, raw: Tensor, norm: Tensor, done: Tensor, momentum: float, running: bool
-) -> Tensor:
-    """What preconditioned gradients are multiplied with, see :mod:`mkor.step.application`.
+def usable(
+    due: bool, updates: Tensor, seen: Tensor, finite: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :meth:`mkor.step.roster.Roster.usable`.
 
     Args:
+        due: Whether the step has statistics of its own.
+        updates: ``[N]``.
+        seen: ``[N]`` bool.
+        finite: ``[N]`` bool.
+        norms: ``[N]``, of the raw gradients.
+
+    Returns:
+        Two masks ``[N]``.
+    """
+    use, ok = torch.empty_like(seen), torch.empty_like(seen)
+    tensors = (updates, seen, finite, norms, use, ok)
+    kernels().usable(len(seen), due, *(x.data_ptr() for x in tensors))
+    return use, ok
+
+
+def ratio(
+    momentum: float,
+    running: bool,
+    average: Tensor,
+    raw: Tensor,
+    norm: Tensor,
+    done: Tensor,
+    last: Tensor,
+    all_done: Tensor,
+) -> tuple[Tensor, bool]:
+    """What preconditioned gradients are multiplied with, see :mod:`mkor.step.roster`.
+
+    Args:
+        momentum: ``gamma``.
+        running: Whether it is the ratio of the running norms.
         average: ``[b, 2]``, running norms, changed in place.
         raw: ``[b]``, norms of the gradients before.
         norm: ``[b]``, and after.
         done: ``[b]`` bool, which were preconditioned.
-        momentum: ``gamma``.
-        running: Whether it is the ratio of the running norms.
+        last: ``[b]``, overwritten with the norms after.
+        all_done: ``[b]`` bool, overwritten with ``done``.
 
     Returns:
-        ``[b]``.
+        ``[b]``, and whether all were preconditioned.
     """
     found = torch.empty_like(raw)
-    tensors = (average, raw, norm, done, found)
-    kernels().ratio(len(raw), running, momentum, *(x.data_ptr() for x in tensors))
-    return found
+    tensors = (average, raw, norm, done, last, all_done, found)
+    whole = kernels().ratio(len(raw), running, momentum, *(x.data_ptr() for x in tensors))
+    return found, bool(whole)
 
 
 def gather(homes: Sequence[Tensor], W: Tensor, b: Tensor | None) -> None:

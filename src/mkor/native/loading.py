@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["in_use", "kernels", "pays", "serves"]
+__all__ = ["addresses", "in_use", "kernels", "pays", "serves"]
 
 ONE_THREAD = 1 << 20
 """Numbers that one thread reads in less time than it takes to wake others."""
@@ -55,6 +55,18 @@ def serves(*tensors: Tensor) -> bool:
         if not x.is_contiguous() or x._is_zerotensor() or x.is_neg():
             return False
     return True
+
+
+def addresses(*tensors: Tensor) -> tuple[int, ...] | None:
+    """Where tensors are that stay where they are.
+
+    Args:
+        tensors: Any.
+
+    Returns:
+        Addresses, 0 of empty tensors; None where kernels do not serve them.
+    """
+    return tuple(x.data_ptr() for x in tensors) if serves(*tensors) else None
 
 
 def pays(entries: int) -> bool:

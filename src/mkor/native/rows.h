@@ -3,10 +3,8 @@
 #ifndef MKOR_ROWS_H
 #define MKOR_ROWS_H
 
-#include <stdlib.h>
 #include <string.h>
 
-#include "layers.h"
 #include "vectors.h"
 
 /* Rows that are added up before their sum is added to others': long sums lose digits, and memory is
@@ -69,28 +67,6 @@ MANY static double row_sums(const float *x, int64_t d, const parts *p, float *su
         for (; row < rows; row++) squares += add_row(x + (start + row) * d, d, sums + j * d);
     }
     return squares;
-}
-
-/* Adds a call's sums and numbers of rows to their places; into[side] = NULL leaves a side out. kept
-   [k, d[0]] and its square are filled with the sums of inputs and of their squares, unless they are
-   NULL. Returns whether there was memory. */
-static int add_call(const float *const x[2], const long long d[2], const parts *p, int64_t total_rows,
-                    float *const into[2], float *meta, float *kept, float *kept_square) {
-    float *work = malloc(p->k * (d[0] > d[1] ? d[0] : d[1]) * sizeof(float));
-    if (!work) return 0;
-    for (int side = 0; side < 2; side++) {
-        if (!into[side]) continue;
-        float *sums = side || !kept ? work : kept;
-        int64_t n = p->k * d[side];
-        float square = (float)row_sums(x[side], d[side], p, sums);
-        for (int64_t i = 0; i < n; i++) into[side][i] += sums[i];
-        meta[side] += square;
-        if (sums == kept) *kept_square = square;
-    }
-    meta[META - 1] += total_rows;
-    for (int64_t j = 0; j < p->k; j++) meta[META + j] += rows_of(p, j);
-    free(work);
-    return 1;
 }
 
 #endif

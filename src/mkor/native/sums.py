@@ -1,18 +1,16 @@
-"""Sums over rows, patches and output positions: ``rows.h`` and ``images.h``."""
+"""Sums over rows and patches: ``calls.h``, ``rows.h`` and ``images.h``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mkor.native.loading import kernels
 
-__all__ = ["Parts", "add_call", "line_sums", "patch_sums", "row_sums"]
-
-Lines = tuple[int, int]
-"""The first line and their number."""
+__all__ = ["NO_IMAGES", "Images", "Parts", "Plan", "add_call", "side_sums"]
 
 
 class Parts(NamedTuple):
@@ -35,92 +33,102 @@ class Parts(NamedTuple):
     unit: int = 1
 
 
-def row_sums(xs: Sequence[Tensor], parts: Parts) -> tuple[Tensor, Tensor]:
+class Images(NamedTuple):
+    """Images that hold patches, and which of them are used.
+
+    Attributes:
+        sizes: Channels, height and width.
+        kernel, stride, dilation: Of the convolution, by axis.
+        before: Padding with zeros, by axis.
+        lines: Of the output: the first and how many.
+        across: Columns of the output.
+    """
+
+    sizes: tuple[int, int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    before: tuple[int, int]
+    lines: tuple[int, int]
+    across: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of them in order."""
+        return [n for group in self[:-1] for n in group] + [self.across]
+
+
+NO_IMAGES = Images((0, 0, 0), *[(0, 0)] * 5, 0)
+"""Stands where there are plain rows."""
+
+
+class Plan:
+    """How calls of one shape are summed in an update.
+
+    Args:
+        parts: Of the samples.
+        rows: Patches of a sample that are used; 1 for plain rows.
+        total: Rows of a call, used or not.
+        widths: Entries of a row of inputs and of output gradients.
+        images: Where these are images.
+
+    Attributes:
+        counts: Rows in each part.
+        total: As above.
+        reads: About how many entries are read for the wider side.
+        widths: As above.
+        address: Of all these numbers, for the kernels.
+    """
+
+    __slots__ = ("_numbers", "address", "counts", "reads", "total", "widths")
+
+    def __init__(
+        self,
+        parts: Parts,
+        rows: int,
+        total: int,
+        widths: tuple[int, int],
+        images: tuple[Images, Images] = (NO_IMAGES, NO_IMAGES),
+    ) -> None:
+        numbers = [*parts, rows, total]
+        for width, of_images in zip(widths, images, strict=True):
+            numbers += [width, *of_images.numbers]
+        self._numbers = array("q", numbers)
+        self.address = self._numbers.buffer_info()[0]
+        each = parts.unit * rows
+        self.counts = [(parts.size + (j < parts.extra)) * each for j in range(parts.vectors)]
+        self.total, self.widths = total, widths
+        channels = [im.sizes[0] or d for im, d in zip(images, widths, strict=True)]
+        self.reads = sum(self.counts) * max(channels)
+
+
+def side_sums(plan: Plan, side: int, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sums of the rows of each part, and of the squares of all their entries.
 
     Args:
-        xs: ``n`` tensors ``[..., d]`` that are alike.
-        parts: Of their rows.
+        plan: For calls like these.
+        side: 0 for inputs, 1 for output gradients.
+        xs: ``n`` tensors that are alike.
 
     Returns:
         ``[n, k, d]`` and ``[n]``.
     """
-    d = xs[0].shape[-1]
-    return _each(kernels().row_sums, xs, (d, *parts), parts.vectors, d)
-
-
-def patch_sums(
-    xs: Sequence[Tensor], axes: Sequence[tuple[int, int, int, int, int]], lines: Lines, parts: Parts
-) -> tuple[Tensor, Tensor]:
-    """Sums of the patches under some lines of the output, by parts of the images.
-
-    Args:
-        xs: ``n`` tensors ``[images, channels, height, width]`` that are alike.
-        axes: Of both axes: kernel, stride, dilation, padding with zeros before, size of the output.
-        lines: Of the output.
-        parts: Of the images.
-
-    Returns:
-        ``[n, k, channels * kernel positions]``, and ``[n]``: sums of the squares of all entries.
-    """
-    image = tuple(xs[0].shape[1:])
-    kernel, stride, dilation, before, (_, across) = zip(*axes, strict=True)
-    geometry = (image, kernel, stride, dilation, before, (*lines, across), parts)
-    d = image[0] * kernel[0] * kernel[1]
-    return _each(kernels().patch_sums, xs, geometry, parts.vectors, d)
-
-
-def line_sums(gs: Sequence[Tensor], lines: Lines, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Sums over some lines of images, by parts of these.
-
-    Args:
-        gs: ``n`` tensors ``[images, channels, height, width]`` that are alike.
-        lines: Of each image.
-        parts: Of the images.
-
-    Returns:
-        ``[n, k, channels]``, and ``[n]``: sums of the squares of all entries.
-    """
-    image = tuple(gs[0].shape[1:])
-    return _each(kernels().line_sums, gs, (image, tuple(lines), parts), parts.vectors, image[0])
-
-
-def _each(
-    kernel: Callable[..., None], xs: Sequence[Tensor], how: tuple[Any, ...], k: int, d: int
-) -> tuple[Tensor, Tensor]:
-    """``[n, k, d]`` and ``[n]``, filled by a kernel for each tensor."""
+    k, d = len(plan.counts), plan.widths[side]
     sums, squares = xs[0].new_empty(len(xs), k, d), xs[0].new_empty(len(xs))
     into, square = sums.data_ptr(), squares.data_ptr()
     for i, x in enumerate(xs):
-        kernel(x.data_ptr(), *how, into + 4 * i * k * d, square + 4 * i)
+        kernels().side_sums(plan.address, side, x.data_ptr(), into + 4 * i * k * d, square + 4 * i)
     return sums, squares
 
 
-def add_call(
-    both: tuple[Tensor, Tensor],
-    parts: Parts,
-    total: int,
-    into: tuple[int, int, int],
-    kept: tuple[Tensor, Tensor] | None,
-) -> None:
+def add_call(plan: Plan, a: Tensor, g: Tensor, into: tuple[int, int, int]) -> None:
     """Add the sums of a call's inputs and output gradients to their places.
 
     Args:
-        both: Of the call, ``[..., d_in]`` and ``[..., d_out]``.
-        parts: Of their rows.
-        total: Rows of the call, used or not.
+        plan: For calls like this.
+        a: Its inputs.
+        g: Its output gradients.
         into: Addresses of the places of both, ``[k, d]``, 0 for one that is left out, and of the
             counts, see :class:`mkor.capture.gate.Site`.
-        kept: ``[k, d_in]`` and 0-dim, filled with the sums of inputs and of their squares; or None.
     """
-    a, g = both
-    kernels().add_call(
-        a.data_ptr(),
-        g.data_ptr(),
-        a.shape[-1],
-        g.shape[-1],
-        *parts,
-        total,
-        *into,
-        *((0, 0) if kept is None else (x.data_ptr() for x in kept)),
-    )
+    kernels().add_call(plan.address, a.data_ptr(), g.data_ptr(), *into)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -11,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from mkor import linalg, native
+from mkor import linalg
 from mkor.communication.assignment import Assignment
 from mkor.communication.lockstep import Exchange, in_lockstep
 from mkor.communication.sharding import Shard
@@ -218,37 +217,12 @@ def _finish(parts: Sequence[_Part], stage: Stage, norm: Tensor) -> None:
         norm: ``[b]``, of what was preconditioned.
     """
     roster, here = parts[0].batch.roster, span_of(parts)
-    done = linalg.joined([part.done for part in parts])
-    roster.last[1, here] = norm
     for part in parts:
         if part.product is not None:
             roster.last[2, part.where] = part.product
-    roster.done[here] = done
-    if not linalg.all_hold(done):
-        roster.refused[1, here] += linalg.joined([part.use for part in parts]) & ~done
-    momentum = parts[0].batch.curvature.momentum
-    ratio = _ratio(roster.norms[here], roster.last[0, here], norm, done, momentum, stage.rescale)
-    write([part.gradients for part in parts], ratio)
-
-
-def _ratio(
-    average: Tensor,
-    raw: Tensor,
-    norm: Tensor,
-    done: Tensor,
-    momentum: float,
-    rescale: str | None,
-) -> Tensor:
-    """``[b]``, what preconditioned gradients are multiplied with; the running norms move."""
-    if rescale is not None and native.serves(average, raw, norm):
-        return native.ratio(average, raw, norm, done, momentum, rescale == "running")
-    moved = linalg.momentum_average(average, torch.stack((raw, norm), 1), momentum)
-    average.copy_(linalg.where(done, moved, average))
-    if rescale is None:
-        return torch.ones_like(raw)
-    if rescale == "running":
-        raw, norm = average.unbind(1)
-    return linalg.where(done, linalg.norm_ratio(raw, norm), 1.0)
+    done, use = (linalg.joined([getattr(p, mask) for p in parts]) for mask in ("done", "use"))
+    how = (parts[0].batch.curvature.momentum, stage.rescale)
+    write([part.gradients for part in parts], roster.conclude(here, norm, done, use, how))
 
 
 def _ready(batch: Batch) -> list[int]:
@@ -263,10 +237,7 @@ def _ready(batch: Batch) -> list[int]:
 def _parts(gradients: Mapping[Batch, Sequence[Gradients]], stage: Stage) -> Iterator[_Part]:
     used = [batch for batch, found in gradients.items() if found]
     for roster, group in by_roster(used):
-        use = roster.updates > 0
-        if stage.due:
-            use = use & roster.seen & roster.finite
-        ok = use & (roster.last[0] < math.inf)
+        use, ok = roster.usable(stage.due)
         pairs = [(_spanned(batch, gradients[batch]), batch.shape) for batch in group]
         each = group[0].curvature.prepare_all(pairs)
         # In one call each: many layers' rows taken one by one cost as much as their products.

@@ -9,11 +9,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from mkor import linalg
+from mkor import linalg, native
 from mkor.capture.gate import Site
 from mkor.capture.tray import Tray
 from mkor.communication.sharding import Shard
 from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
+from mkor.layers.sums import Pick
 from mkor.selection import Layer
 from mkor.step.roster import Counted, Roster
 from mkor.step.slots import Slots
@@ -71,15 +72,14 @@ class Batch:
         self.sites = [
             Site(
                 layer.kind,
-                self.a[i],
-                self.g[i],
-                self.meta[i],
+                *sums,
                 update,
                 sharded=shard is not None,
                 index=i,
                 tray=self.tray,
+                places=None if curvature.covariance else native.addresses(*sums),
             )
-            for i, layer in enumerate(layers)
+            for i, (layer, *sums) in enumerate(zip(layers, self.a, self.g, self.meta, strict=True))
         ]
         self.skipped = [False] * B
         self.watched = self.measured = False
@@ -87,6 +87,15 @@ class Batch:
         self.last, self.refused = roster.last[:, span], roster.refused[:, span]
         self.seen, self.fed, self.done = roster.seen[span], roster.fed[span], roster.done[span]
         self.state = self._initial()
+
+    def plan(self, pick: Pick) -> None:
+        """Prepare for the passes of the next step.
+
+        Args:
+            pick: Which rows they use.
+        """
+        for site in self.sites:
+            site.begin(pick)
 
     def leave(self, skipped: Sequence[bool]) -> None:
         """Leave layers to the base.

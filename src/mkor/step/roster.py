@@ -129,9 +129,7 @@ class Roster:
             For each batch.
         """
         if native.serves(meta) and isinstance(scale, float):
-            counted = self._counted_natively(meta, refuse, scale)
-            self._note(refuse)
-            return counted
+            return self._counted_natively(meta, refuse, scale)
         counts = meta[:, META:]
         squares_a, squares_g, total = meta[:, :META].unbind(1)
         rows, used = counts.clamp(min=1), counts.sum(1).clamp_(min=1)
@@ -142,6 +140,7 @@ class Roster:
         filled = counts > 0
         accept = self.seen & ~refuse
         whole = linalg.held(filled.all(1).logical_and_(accept))
+        self.fed.copy_(self.seen)
         self._note(refuse)
         means = g_scale.unsqueeze(1) / rows
         numbers = (rows, used, g_scale, means, left, right, filled, accept)
@@ -149,9 +148,55 @@ class Roster:
         flags = [all(whole[span]) for span in self.spans]
         return list(map(Counted, *pieces, flags))
 
+    def usable(self, due: bool) -> tuple[Tensor, Tensor]:
+        """Which layers are preconditioned in a step.
+
+        Args:
+            due: Whether the step has statistics of its own; layers without pass through then.
+
+        Returns:
+            ``[N]``, which have factors to use in this step, and ``[N]``, which of these have
+            gradients that are finite as well.
+        """
+        known = (self.updates, self.seen, self.finite, self.last[0])
+        if native.serves(self.last):
+            return native.usable(due, *known)
+        updates, seen, finite, norms = known
+        use = (updates > 0) & seen & finite if due else updates > 0
+        return use, use & (norms < math.inf)
+
+    def conclude(
+        self, here: slice, norm: Tensor, done: Tensor, use: Tensor, how: tuple[float, str | None]
+    ) -> Tensor:
+        """Note what was preconditioned, and rescale it.
+
+        Args:
+            here: Some neighbouring layers.
+            norm: ``[b]``, of their preconditioned gradients.
+            done: ``[b]``, which were preconditioned.
+            use: ``[b]``, which had factors to use.
+            how: ``gamma`` of the running norms, which move, and the kind of rescaling.
+
+        Returns:
+            ``[b]``, what the gradients are to be multiplied with.
+        """
+        momentum, rescale = how
+        average, raw = self.norms[here], self.last[0, here]
+        last, all_done = self.last[1, here], self.done[here]
+        if rescale is not None and native.serves(average, norm):
+            norms = (average, raw, norm, done, last, all_done)
+            ratio, whole = native.ratio(momentum, rescale == "running", *norms)
+        else:
+            last.copy_(norm)
+            all_done.copy_(done)
+            whole = linalg.all_hold(done)
+            ratio = _ratio(average, raw, norm, done, momentum, rescale)
+        if not whole:
+            self.refused[1, here] += use & ~done
+        return ratio
+
     def _note(self, refuse: Tensor) -> None:
-        """Keep who had data, and whose updates were refused."""
-        self.fed.copy_(self.seen)
+        """Count whose updates were refused."""
         if not linalg.all_hold(~refuse):
             self.refused[0] += self.seen & refuse & self.kept
 
@@ -163,9 +208,12 @@ class Roster:
             self._filled = torch.empty(N, k, dtype=torch.bool, device=meta.device)
             self._accept = torch.empty_like(self.seen)
             self._kept = self._views(N, k)
-        tensors = (self._widths, self.seen, self._numbers, self._filled, self._accept)
-        whole = native.count(scale, refuse, meta, *tensors)
-        return [replace(each, whole=whole) for each in self._kept]
+            self._whole = [replace(each, whole=True) for each in self._kept]
+        tensors = (self._widths, self.seen, self._numbers, self._filled, self._accept, self.fed)
+        if native.count(scale, refuse, meta, *tensors):
+            return self._whole
+        self._note(refuse)
+        return self._kept
 
     def _views(self, N: int, k: int) -> list[Counted]:
         """Each batch's part of what the kernel fills."""
@@ -175,3 +223,21 @@ class Roster:
         pieces = [linalg.cut(number, self._sizes) for number in numbers]
         flags = [False] * len(self._sizes)
         return list(map(Counted, *pieces, flags))
+
+
+def _ratio(
+    average: Tensor,
+    raw: Tensor,
+    norm: Tensor,
+    done: Tensor,
+    momentum: float,
+    rescale: str | None,
+) -> Tensor:
+    """``[b]``, what preconditioned gradients are multiplied with; the running norms move."""
+    moved = linalg.momentum_average(average, torch.stack((raw, norm), 1), momentum)
+    average.copy_(linalg.where(done, moved, average))
+    if rescale is None:
+        return torch.ones_like(raw)
+    if rescale == "running":
+        raw, norm = average.unbind(1)
+    return linalg.where(done, linalg.norm_ratio(raw, norm), 1.0)
