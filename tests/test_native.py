@@ -299,6 +299,20 @@ def test_norms(size, used):
     assert used == {"joint_norms": 2}
 
 
+@compiled
+@pytest.mark.parametrize("size", [1, 63, 64, 200])
+def test_what_is_finite(size, used):
+    x, y = torch.randn(size), torch.randn(3, 70)
+    assert linalg.all_finite(x, y)
+    for bad in (INF, -INF, NAN):
+        for place in {0, size // 2, size - 1}:
+            spoiled = x.clone()
+            spoiled[place] = bad
+            assert not linalg.all_finite(spoiled, y)
+            assert not linalg.all_finite(y, spoiled)
+    assert set(used) == {"finite"}
+
+
 class Net(nn.Module):
     """A layer used twice, another of its shape, activations in place, and images."""
 

@@ -78,12 +78,14 @@ class Layer:
 
         Where processes store parts of them, these are the parts that are stored here.
         """
-        weight, bias = self.weight, self.bias
-        if weight.grad is None or not weight.requires_grad:
+        weight = self.weight
+        grad = weight.grad
+        if grad is None or not weight.requires_grad:
             return None, None
-        grad = local(weight.grad)
-        b = None if bias is None or bias.grad is None else local(bias.grad)
-        return grad.mT if self.role.transposed else grad, b
+        bias = self.bias
+        b = None if bias is None else bias.grad
+        grad = local(grad)
+        return grad.mT if self.role.transposed else grad, None if b is None else local(b)
 
 
 def _parameter(holder: nn.Module, name: str) -> object:

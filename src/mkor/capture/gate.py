@@ -212,7 +212,7 @@ class Site:
     sharded: bool
     index: int
     tray: Tray
-    places: tuple[int, int, int] | None = None
+    places: tuple[int, ...] | None = None
     _planned: _Planned = field(default=((), (), None, None), repr=False)
 
     def begin(self, pick: Pick) -> None:

@@ -216,10 +216,13 @@ class Window:
         if "usable" in prepared:
             ok = ok & prepared["usable"]
         only = None if linalg.all_hold(ok) else ok
-        if "left" in prepared:
-            linalg.subtract_left(prepared["left"], W, b, only)
-        if "right" in prepared:
-            linalg.subtract_right(prepared["right"], prepared.get("bias"), W, b, only)
+        left, right, u = (prepared.get(key) for key in ("left", "right", "bias"))
+        if left is not None and right is not None:
+            linalg.subtract_both(left, right, u, W, b, only)
+        elif left is not None:
+            linalg.subtract_left(left, W, b, only)
+        elif right is not None:
+            linalg.subtract_right(right, u, W, b, only)
         return ok
 
     def project(

@@ -257,12 +257,20 @@ def _plan(
     lines = (0, outputs[0]) if chosen is None else (int(chosen.start), chosen.size)
     parts = parts_of(samples, pick.vectors, choice.images, int(choice.pick.update), unit=1)
     geometry = kind.geometry
-    before = [padding[0] for padding in geometry.padding]
-    moves = (geometry.kernel, geometry.stride, geometry.dilation, before)
-    inputs = native.Images(x or (0, 0, 0), *moves, lines, across)
-    ones = native.Images((kind.d_out, *outputs), (1, 1), (1, 1), (1, 1), (0, 0), lines, across)
+    before = tuple(padding[0] for padding in geometry.padding)
+    inputs = native.Images(
+        x or (0, 0, 0),
+        geometry.kernel,
+        geometry.stride,
+        geometry.dilation,
+        before,
+        lines,
+        across,
+    )
+    one = (1, 1)
+    single = native.Images((kind.d_out, *outputs), one, one, one, (0, 0), lines, across)
     widths, total = (kind.d_in, kind.d_out), samples * math.prod(outputs)
-    return native.Plan(parts, lines[1] * across, total, widths, (inputs, ones))
+    return native.Plan(parts, lines[1] * across, total, widths, (inputs, single))
 
 
 def _listed(x: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:

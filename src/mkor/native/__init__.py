@@ -8,7 +8,7 @@ Where that was not possible, and for other devices and dtypes, torch's operators
 the environment variable ``MKOR_NATIVE=0`` says so for everything.
 """
 
-from mkor.native.layers import check, count, gather, joint_norms, ratio, scatter, usable
+from mkor.native.layers import check, count, finite, gather, joint_norms, ratio, scatter, usable
 from mkor.native.loading import addresses, in_use, pays, serves
 from mkor.native.sums import Images, Parts, Plan, add_call, side_sums
 from mkor.native.windows import Side, remove_bias, remove_rows, root, update_window
@@ -22,6 +22,7 @@ __all__ = [
     "addresses",
     "check",
     "count",
+    "finite",
     "gather",
     "in_use",
     "joint_norms",

@@ -16,10 +16,30 @@ typedef struct {
     float **home;
 } stack;
 
-static void gather(const stack *s) {
+/* Squares that are added up in single precision. */
+#define FEW_SQUARES 4096
+
+/* sqrt(|W_i|^2 + |b_i|^2) of a layer. */
+INLINE float joint_norm(const stack *s, int64_t i) {
+    const float *W = s->W + i * s->n, *b = s->b + i * s->m;
+    double squares = s->m ? dot(b, b, s->m) : 0;
+    for (int64_t c = 0; c < s->n; c += FEW_SQUARES) {
+        int64_t some = s->n - c < FEW_SQUARES ? s->n - c : FEW_SQUARES;
+        squares += dot(W + c, W + c, some);
+    }
+    return (float)sqrt(squares);
+}
+
+MANY static void joint_norms(const stack *s, float *norm) {
+    for (int64_t i = 0; i < s->B; i++) norm[i] = joint_norm(s, i);
+}
+
+/* Copies them side by side, and takes their norms. */
+MANY static void gather(const stack *s, float *norm) {
     for (int64_t i = 0; i < s->B; i++) {
         memcpy(s->W + i * s->n, s->home[i], s->n * sizeof(float));
         if (s->m) memcpy(s->b + i * s->m, s->home[s->B + i], s->m * sizeof(float));
+        norm[i] = joint_norm(s, i);
     }
 }
 
@@ -31,22 +51,6 @@ MANY static void scatter(const stack *s, const float *ratio) {
         if (!s->m) continue;
         float *restrict b = s->home[s->B + i];
         for (int64_t c = 0; c < s->m; c++) b[c] = ratio[i] * s->b[i * s->m + c];
-    }
-}
-
-/* Squares that are added up in single precision. */
-#define FEW_SQUARES 4096
-
-/* norm[B] = sqrt(|W_i|^2 + |b_i|^2). */
-MANY static void joint_norms(const stack *s, float *norm) {
-    for (int64_t i = 0; i < s->B; i++) {
-        const float *W = s->W + i * s->n, *b = s->b + i * s->m;
-        double squares = s->m ? dot(b, b, s->m) : 0;
-        for (int64_t c = 0; c < s->n; c += FEW_SQUARES) {
-            int64_t some = s->n - c < FEW_SQUARES ? s->n - c : FEW_SQUARES;
-            squares += dot(W + c, W + c, some);
-        }
-        norm[i] = (float)sqrt(squares);
     }
 }
 

@@ -163,13 +163,13 @@ static float **read_homes(PyObject *tuple) {
 
 static PyObject *py_gather(PyObject *self, PyObject *args) {
     stack s;
-    address W, b;
+    address W, b, norm;
     PyObject *homes;
-    if (!PyArg_ParseTuple(args, "LLLKKO!", &s.B, &s.n, &s.m, &W, &b, &PyTuple_Type, &homes))
+    if (!PyArg_ParseTuple(args, "LLLKKO!K", &s.B, &s.n, &s.m, &W, &b, &PyTuple_Type, &homes, &norm))
         return NULL;
     s.W = (float *)W, s.b = (float *)b;
     if (!(s.home = read_homes(homes))) return NULL;
-    gather(&s);
+    gather(&s, (float *)norm);
     free(s.home);
     Py_RETURN_NONE;
 }
@@ -196,6 +196,13 @@ static PyObject *py_joint_norms(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_finite(PyObject *self, PyObject *args) {
+    address x;
+    long long n;
+    if (!PyArg_ParseTuple(args, "KL", &x, &n)) return NULL;
+    return PyBool_FromLong(isfinite(sum((const float *)x, n)));
+}
+
 static PyMethodDef methods[] = {
     {"side_sums", py_side_sums, METH_VARARGS, "Sums of the parts of a side, and of all squares."},
     {"add_call", py_add_call, METH_VARARGS, "Add the sums of a call's inputs and gradients."},
@@ -207,6 +214,7 @@ static PyMethodDef methods[] = {
     {"usable", py_usable, METH_VARARGS, "Which layers and gradients are preconditioned."},
     {"ratio", py_ratio, METH_VARARGS, "What preconditioned gradients are multiplied with."},
     {"window_update", py_window_update, METH_VARARGS, "Age windows and write new vectors."},
+    {"finite", py_finite, METH_VARARGS, "Whether a sum is."},
     {"remove_rows", py_remove_rows, METH_VARARGS, "b - U^T U b."},
     {"remove_bias", py_remove_bias, METH_VARARGS, "A bias's part in Y, and what Y takes off it."},
     {"roots", py_roots, METH_VARARGS, "K^-1 diag(s) of each layer."},

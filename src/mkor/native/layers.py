@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mkor.native.loading import kernels
 
-__all__ = ["check", "count", "gather", "joint_norms", "ratio", "scatter", "usable"]
+__all__ = ["check", "count", "finite", "gather", "joint_norms", "ratio", "scatter", "usable"]
 
 
 def check(meta: Tensor, norms: Tensor, seen: Tensor, finite: Tensor, bad: Tensor) -> None:
@@ -111,15 +111,20 @@ def ratio(
     return found, bool(whole)
 
 
-def gather(homes: Sequence[Tensor], W: Tensor, b: Tensor | None) -> None:
+def gather(homes: Sequence[Tensor], W: Tensor, b: Tensor | None) -> Tensor:
     """Copy small gradients side by side.
 
     Args:
         homes: Weights' gradients, then as many of biases where there are any.
         W: ``[B, ...]``, overwritten.
         b: ``[B, d_out]`` likewise, or None.
+
+    Returns:
+        ``[B]``, their norms, see :func:`mkor.linalg.joint_norm`.
     """
-    kernels().gather(*_stack(W, b), tuple(x.data_ptr() for x in homes))
+    norm = W.new_empty(len(W))
+    kernels().gather(*_stack(W, b), tuple(x.data_ptr() for x in homes), norm.data_ptr())
+    return norm
 
 
 def scatter(W: Tensor, b: Tensor | None, ratio: Tensor, homes: Sequence[Tensor]) -> None:
@@ -133,6 +138,18 @@ def scatter(W: Tensor, b: Tensor | None, ratio: Tensor, homes: Sequence[Tensor])
     """
     addresses = tuple(x.data_ptr() for x in homes)
     kernels().scatter(*_stack(W, b), addresses, ratio.data_ptr())
+
+
+def finite(*tensors: Tensor) -> bool:
+    """See :func:`mkor.linalg.all_finite`.
+
+    Args:
+        tensors: Any.
+
+    Returns:
+        Whether all their sums are.
+    """
+    return all(kernels().finite(x.data_ptr(), x.numel()) for x in tensors)
 
 
 def joint_norms(W: Tensor, b: Tensor | None) -> Tensor:
@@ -152,5 +169,6 @@ def joint_norms(W: Tensor, b: Tensor | None) -> Tensor:
 
 def _stack(W: Tensor, b: Tensor | None) -> tuple[int, int, int, int, int]:
     """Layers, entries of each and addresses."""
-    n, m = W[0].numel(), 0 if b is None else b.shape[1]
-    return len(W), n, m, W.data_ptr(), 0 if b is None else b.data_ptr()
+    B = W.shape[0]
+    n, m = W.numel() // B, 0 if b is None else b.shape[1]
+    return B, n, m, W.data_ptr(), 0 if b is None else b.data_ptr()

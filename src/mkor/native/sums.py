@@ -44,21 +44,23 @@ class Images(NamedTuple):
         across: Columns of the output.
     """
 
-    sizes: tuple[int, int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    before: tuple[int, int]
-    lines: tuple[int, int]
+    sizes: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    lines: tuple[int, ...]
     across: int
 
     @property
     def numbers(self) -> list[int]:
         """All of them in order."""
-        return [n for group in self[:-1] for n in group] + [self.across]
+        groups = (self.sizes, self.kernel, self.stride, self.dilation, self.before, self.lines)
+        return [n for group in groups for n in group] + [self.across]
 
 
-NO_IMAGES = Images((0, 0, 0), *[(0, 0)] * 5, 0)
+NONE = (0, 0)
+NO_IMAGES = Images((0, 0, 0), NONE, NONE, NONE, NONE, NONE, 0)
 """Stands where there are plain rows."""
 
 
@@ -121,7 +123,7 @@ def side_sums(plan: Plan, side: int, xs: Sequence[Tensor]) -> tuple[Tensor, Tens
     return sums, squares
 
 
-def add_call(plan: Plan, a: Tensor, g: Tensor, into: tuple[int, int, int]) -> None:
+def add_call(plan: Plan, a: Tensor, g: Tensor, into: Sequence[int]) -> None:
     """Add the sums of a call's inputs and output gradients to their places.
 
     Args:

@@ -31,6 +31,19 @@ INLINE float total(const vec *v) {
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
+MANY static float sum(const float *x, int64_t n) {
+    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        s0 += LOAD(x + i), s1 += LOAD(x + i + LANES);
+        s2 += LOAD(x + i + 2 * LANES), s3 += LOAD(x + i + 3 * LANES);
+    }
+    s0 += s1, s2 += s3, s0 += s2;
+    float all = total(&s0);
+    for (; i < n; i++) all += x[i];
+    return all;
+}
+
 INLINE float dot(const float *x, const float *y, int64_t d) {
     vec sum = {0};
     int64_t c = 0;

@@ -102,10 +102,10 @@ def measure(batches: Sequence[Batch]) -> dict[Batch, list[Gradients]]:
     found = {batch: list(find(batch)) for batch in batches}
     for roster, group in by_roster(batches):
         gradients = [some for batch in group for some in found[batch]]
-        if sum(len(some.W) for some in gradients) < len(roster.seen):
+        if sum(some.W.shape[0] for some in gradients) < roster.seen.shape[0]:
             roster.last[0].zero_()
         for run in neighbours(gradients, apart=False):
-            roster.last[0, span_of(run)] = norms(run, roster.last.dtype)
+            roster.last[0, span_of(run)] = norms(run, roster.last.dtype, raw=True)
     in_lockstep((b.shard, _share_norms(b)) for b in batches if b.shard is not None)
     return found
 

@@ -72,14 +72,18 @@ class Batch:
         self.sites = [
             Site(
                 layer.kind,
-                *sums,
+                a,
+                g,
+                meta,
                 update,
                 sharded=shard is not None,
                 index=i,
                 tray=self.tray,
-                places=None if curvature.covariance else native.addresses(*sums),
+                places=None if curvature.covariance else native.addresses(a, g, meta),
             )
-            for i, (layer, *sums) in enumerate(zip(layers, self.a, self.g, self.meta, strict=True))
+            for i, (layer, a, g, meta) in enumerate(
+                zip(layers, self.a, self.g, self.meta, strict=True)
+            )
         ]
         self.skipped = [False] * B
         self.watched = self.measured = False

@@ -31,7 +31,7 @@ class Gradients:
         targets: The layers' own gradients: of one layer, or of those that were copied.
         alone: Whether ``W`` is large and must be copied to be multiplied, one at a time.
         copies: Rows of copied ``W`` and ``b``, one for each target; none for a view.
-        stacked: Whether a kernel made the copies, and will put them back.
+        raw: ``[b]``, norms of what a kernel copied, which will put it back.
     """
 
     where: slice
@@ -40,7 +40,7 @@ class Gradients:
     targets: list[Tensor]
     alone: bool = False
     copies: list[Tensor] = field(default_factory=list)
-    stacked: bool = False
+    raw: Tensor | None = None
 
     @property
     def in_place(self) -> bool:
@@ -98,8 +98,7 @@ def _copied(
     b = W.new_empty(len(run), *width) if biases else None
     targets = [*weights, *biases]
     if native.serves(W, *targets):
-        native.gather(targets, W, b)
-        return Gradients(where, W, b, targets, stacked=True)
+        return Gradients(where, W, b, targets, raw=native.gather(targets, W, b))
     copies = [_like(row, w) for row, w in zip(W.unbind(), weights, strict=True)]
     if b is not None:
         rows = zip(b.unbind(), run, strict=True)
@@ -108,26 +107,30 @@ def _copied(
     return Gradients(where, W, b, targets, copies=copies)
 
 
-def norms(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
+def norms(gradients: Sequence[Gradients], dtype: torch.dtype, *, raw: bool = False) -> Tensor:
     """Joint norms of the weights and biases of layers.
 
     Args:
         gradients: Of the layers.
         dtype: Of the arithmetic.
+        raw: Whether they are as they were found.
 
     Returns:
         ``[b]``, in their order.
     """
-    lone = [some for some in gradients if len(some.W) == 1]
+    lone = [some for some in gradients if some.W.shape[0] == 1]
     if len(lone) == len(gradients):
         return _norms_of(lone, dtype)
     each = iter(_norms_of(lone, dtype).split(1) if lone else ())
     return linalg.joined(
-        [
-            next(each) if len(some.W) == 1 else linalg.joint_norm(some.W, some.b)
-            for some in gradients
-        ]
+        [next(each) if some.W.shape[0] == 1 else _norms(some, raw) for some in gradients]
     )
+
+
+def _norms(some: Gradients, raw: bool) -> Tensor:
+    """Those of several layers."""
+    known = some.raw if raw else None
+    return linalg.joint_norm(some.W, some.b) if known is None else known
 
 
 def _norms_of(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
@@ -150,7 +153,7 @@ def write(gradients: Sequence[Gradients], ratio: Tensor) -> None:
     factors: list[Tensor] = []
     sizes = [some.where.stop - some.where.start for some in gradients]
     for some, by in zip(gradients, linalg.cut(ratio, sizes), strict=True):
-        if some.stacked:
+        if some.raw is not None:
             native.scatter(some.W, some.b, by, some.targets)
         elif some.copies:
             some.W.mul_(by.view(-1, 1, 1))
