@@ -11,10 +11,11 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mkor.capture.gate import Gate, Site
+from mkor.capture.gate import Gate
 from mkor.capture.hidden import HiddenHook
 from mkor.capture.hooks import AccumulationHook, ForwardHook, InertHook
 from mkor.capture.output_layer import EagerUntilFound, OutputSearch
+from mkor.capture.site import Site
 from mkor.communication.communicator import Communicator
 from mkor.communication.reduction import Reduction
 from mkor.curvature.contract import Curvature

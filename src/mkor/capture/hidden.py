@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mkor.capture.gate import Gate, Site
+from mkor.capture.gate import Gate
 from mkor.capture.hooks import GradientHook, InertHook
+from mkor.capture.site import Site
 from mkor.profiling import span
 from mkor.selection import Layer
 

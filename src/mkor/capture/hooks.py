@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mkor.capture.gate import Gate, Site
+from mkor.capture.gate import Gate
+from mkor.capture.site import Site
 from mkor.capture.tray import Call
 from mkor.layers.sums import PartSums
 from mkor.profiling import is_profiling, span

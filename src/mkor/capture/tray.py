@@ -77,7 +77,7 @@ class Tray:
     """The calls of a batch of layers.
 
     Args:
-        a: ``[B, k, d_in]``, see :class:`mkor.capture.gate.Site`; without rows if inputs are not
+        a: ``[B, k, d_in]``, see :class:`mkor.capture.site.Site`; without rows if inputs are not
             captured.
         g: ``[B, k, d_out]``, likewise of output gradients.
         meta: ``[B, 3 + k]``.

@@ -1,4 +1,4 @@
-/* A call of a layer: both of its sides, to where they are summed; see mkor/capture/gate.py. */
+/* A call of a layer: both of its sides, to where they are summed; see mkor/capture/site.py. */
 
 #ifndef MKOR_CALLS_H
 #define MKOR_CALLS_H

@@ -32,10 +32,11 @@ INLINE float columns(const float *x, int64_t width, int64_t n, int64_t from, int
     return sum;
 }
 
-/* out[taps] += the patches of one channel of an image, where steps are 1: under tap (t, u) there is
-   all of some lines but the columns at their ends. Returns the sum of squares. */
+/* out[taps] += the patches of one channel of an image, where steps are 1: under tap (t, u) there are
+   some columns of some lines, mostly all but a few at their ends. Returns the sum of squares. */
 INLINE double add_patches(const float *x, const images *im, float *out) {
     double squares = 0, off = 0;
+    int most = 2 * im->across > im->width;
     for (int64_t t = 0; t < im->taps[0]; t++) {
         int64_t y, lines = lines_under(im, t, &y), n = lines * im->width, i = 0, used = 0;
         if (lines <= 0) continue;
@@ -50,6 +51,10 @@ INLINE double add_patches(const float *x, const images *im, float *out) {
         for (int64_t u = 0; u < im->taps[1]; u++) {
             int64_t start = u * im->dilation[1] - im->before[1], end = start + im->across;
             if (start >= im->width || end <= 0) continue;
+            if (!most) {
+                out[t * im->taps[1] + u] += columns(block, im->width, lines, start, end, &squares);
+                continue;
+            }
             used++;
             out[t * im->taps[1] + u] += all - columns(block, im->width, lines, 0, start, &off) -
                                         columns(block, im->width, lines, end, im->width, &off);
@@ -89,15 +94,17 @@ INLINE double add_strided(const float *x, const images *im, float *out) {
 }
 
 /* Channels from the one that is read to one that is asked for in advance: they are too far apart for
-   the processor to see what comes next. */
+   the processor to see what comes next; of long stretches it sees the rest. */
 #define AHEAD 2
 #define CACHE_LINE 16
+#define ENOUGH (32 * CACHE_LINE)
 
 INLINE void ask_for(const float *x, const images *im) {
     int64_t first = im->first * im->stride[0] - im->before[0];
     int64_t lines = (im->lines - 1) * im->stride[0] + (im->taps[0] - 1) * im->dilation[0] + 1;
+    int64_t n = lines * im->width < ENOUGH ? lines * im->width : ENOUGH;
     const float *start = x + (first < 0 ? 0 : first) * im->width;
-    for (int64_t i = 0; i < lines * im->width; i += CACHE_LINE) __builtin_prefetch(start + i);
+    for (int64_t i = 0; i < n; i += CACHE_LINE) __builtin_prefetch(start + i);
 }
 
 /* sums[k, channels * taps] = summed patches of each part's images; returns that of all squares. */

@@ -131,6 +131,6 @@ def add_call(plan: Plan, a: Tensor, g: Tensor, into: Sequence[int]) -> None:
         a: Its inputs.
         g: Its output gradients.
         into: Addresses of the places of both, ``[k, d]``, 0 for one that is left out, and of the
-            counts, see :class:`mkor.capture.gate.Site`.
+            counts, see :class:`mkor.capture.site.Site`.
     """
     kernels().add_call(plan.address, a.data_ptr(), g.data_ptr(), *into)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mkor import linalg, native
-from mkor.capture.gate import Site
+from mkor.capture.site import Site
 from mkor.capture.tray import Tray
 from mkor.communication.sharding import Shard
 from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
@@ -42,7 +42,7 @@ class Batch:
         a: ``[B, k, d_in]``, sums of inputs, over all processes once they are read; a side that is
             not captured has no vectors. Covariances follow the ``k`` vectors.
         g: ``[B, k, d_out]``, sums of raw output gradients likewise.
-        meta: ``[B, 3 + k]``, see :class:`mkor.capture.gate.Site`.
+        meta: ``[B, 3 + k]``, see :class:`mkor.capture.site.Site`.
         last, seen, fed, done, refused: The layers' part of the roster's.
     """
 

@@ -106,7 +106,7 @@ class Roster:
         """See which layers have data, and whether statistics and gradients are finite.
 
         Args:
-            meta: ``[N, 3 + k]``, see :class:`mkor.capture.gate.Site`.
+            meta: ``[N, 3 + k]``, see :class:`mkor.capture.site.Site`.
         """
         if native.serves(meta, self.last):
             native.check(meta, self.last[0], self.seen, self.finite, self.bad)
