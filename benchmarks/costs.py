@@ -58,12 +58,18 @@ HALF = "mkor[factor_dtype=bfloat16]+adamw"
 KFAC_1, KFAC_10, KFAC_50 = (f"kfac[inverse_every={steps}]+adamw" for steps in (1, 10, 50))
 DENSE_1, DENSE_10 = (f"dense-mkor[update_every={steps}]+adamw" for steps in (1, 10))
 SOAP, LAMB, MUON = "soap", "lamb", "muon"
+SOAP_1 = "soap[precondition_frequency=1]"
 SOAP_PERIOD = 10
 """Steps between SOAP's decompositions, as its package has it."""
-COMPUTED = {KFAC_10: (KFAC_1, KFAC_50), DENSE_10: (DENSE_1,)}
+COMPUTED = {KFAC_10: (KFAC_1, KFAC_50), DENSE_10: (DENSE_1,), SOAP: (SOAP_1,)}
 """Who else is known from a contestant's rounds, where it was not measured itself."""
 EVERY_STEP = {"KFAC": KFAC_1, "SOAP": SOAP, "DenseMKOR": DENSE_1}
-RARELY = {"KFAC at 10": KFAC_10, "KFAC at 50": KFAC_50, "DenseMKOR at 10": DENSE_10}
+RARELY = {
+    "SOAP at every step": SOAP_1,
+    "KFAC at 10": KFAC_10,
+    "KFAC at 50": KFAC_50,
+    "DenseMKOR at 10": DENSE_10,
+}
 
 LOOKS: Mapping[str, tuple[str, str, bool]] = {
     MKOR: ("MKOR", COLOURS[1], True),
@@ -342,7 +348,9 @@ def quietness(record: Record) -> float:
 def cycle_of(label: str) -> int:
     """Steps after which what a contestant does repeats itself."""
     contestant = contestants.parse_contestant(label)
-    return SOAP_PERIOD if contestant.base.name == SOAP else period(contestant)
+    if contestant.base.name == SOAP:
+        return int(contestant.base.options.get("precondition_frequency", SOAP_PERIOD))
+    return period(contestant)
 
 
 def is_rare(index: int, warmup: int, cycle: int) -> bool:
@@ -695,7 +703,8 @@ EXPLANATION = f"""CPU time of whole training iterations over AdamW's in the same
 of the rounds (quartiles). *Over a cycle*: the average for those who do some of their work only
 every so many steps, made of the medians of the rounds with that work and of those without it;
 *computed* contestants were not run, they are other weights of the same two medians. SOAP decomposes
-every {SOAP_PERIOD} steps, as it does by default, and is compared so. *Extra memory*: state beyond
+every {SOAP_PERIOD} steps, as it does by default, and is compared so; *SOAP at every step* would do
+so in each. *Extra memory*: state beyond
 AdamW's over weights, gradients and AdamW's state. *Peak memory*: activations, gradients and
 temporaries of an iteration. *Calls*: of operators, from Python and the backward pass; the
 package's own kernels are not among them;

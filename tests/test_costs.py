@@ -188,16 +188,14 @@ def test_bars_are_about_runs_with_many_rounds_and_few_contestants() -> None:
 
 
 @pytest.mark.parametrize(
-    "label", ["mkor[update_every=3]+adamw", "kfac[inverse_every=3]+adamw", "soap"]
+    "label",
+    ["mkor[update_every=3]+adamw", "kfac[inverse_every=3]+adamw", "soap[precondition_frequency=3]"],
 )
 def test_rare_work_falls_on_the_rounds_that_are_named(
     label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warmup, cycle = 2, costs.cycle_of(label)
-    if label == "soap":
-        assert base_defaults(parse_contestant(label).base)["precondition_frequency"] == cycle
-        label, cycle = "soap[precondition_frequency=3]", 3
-    assert cycle == 3
+    warmup = 2
+    assert costs.cycle_of(label) == 3
     subject = model_subject("mlp", {"width": 8, "depth": 2, "rows": 12})
     worker = Worker(parse_contestant(label), subject)
     monkeypatch.setattr(Worker, "warmup_rounds", warmup)
@@ -205,9 +203,14 @@ def test_rare_work_falls_on_the_rounds_that_are_named(
     for _ in range(7):
         worker.profile()
     calls = [each.operators.total() for each in worker.profiles]
-    rare = [costs.is_rare(index, warmup, cycle) for index in range(7)]
+    rare = [costs.is_rare(index, warmup, 3) for index in range(7)]
     assert rare == [False, True, False, False, True, False, False]
     assert [each > min(calls) for each in calls] == rare
+
+
+def test_soap_decomposes_as_seldom_as_its_package_has_it() -> None:
+    default = base_defaults(parse_contestant(costs.SOAP).base)["precondition_frequency"]
+    assert (costs.cycle_of(costs.SOAP), costs.cycle_of(costs.SOAP_1)) == (default, 1)
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -296,7 +299,11 @@ def test_files_of_something_else_do_not_count(tmp_path: Path) -> None:
 
 def test_rare_work_is_averaged_over_its_cycle(tmp_path: Path) -> None:
     """The sixth of ten rounds has it: 4 - 0.03; the median of the others is 2."""
-    ratio: dict[str, Ratio] = {costs.KFAC_10: (2.0, 4.0), costs.DENSE_10: (1.2, 1.7)}
+    ratio: dict[str, Ratio] = {
+        costs.KFAC_10: (2.0, 4.0),
+        costs.DENSE_10: (1.2, 1.7),
+        costs.SOAP: (1.6, 9.0),
+    }
     write(tmp_path, "transformer-64", ratio)
     found = row_of(tmp_path, "transformer-64").found
     assert found[costs.KFAC_10].ends == pytest.approx((2.0, 3.97))
@@ -306,6 +313,9 @@ def test_rare_work_is_averaged_over_its_cycle(tmp_path: Path) -> None:
     assert found[costs.DENSE_1].ratio == pytest.approx(1.67)
     assert found[costs.MKOR].ratio == found[costs.MKOR].timing["ratio"] == pytest.approx(1.5)
     text = page_of(tmp_path)
+    soap = row_of(tmp_path, "transformer-64").beside[costs.SOAP_1]
+    assert (soap.source, soap.ratio) == (costs.SOAP, pytest.approx(8.97))
+    assert cells_of(text, "Against the others", "transformer-64")[0][6] == "8.970"
     rows = {cells[0]: cells for cells in cells_of(text, "transformer-64", "`")}
     assert rows[f"`{costs.KFAC_10}`"][3:5] == ["2.010 (1.980-2.020)", "2.197"]
     assert rows[f"`{costs.KFAC_50}`, computed"][2:6] == ["", "", "2.039", ""]

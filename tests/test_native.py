@@ -100,6 +100,7 @@ CONVOLUTIONS = [
     (nn.Conv2d, {"kernel_size": 3, "padding": 1}, (40, 33)),
     (nn.Conv2d, {"kernel_size": (2, 4), "padding": "same"}, (9, 7)),
     (nn.Conv2d, {"kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)}, (5, 16)),
+    (nn.Conv2d, {"kernel_size": (3, 1), "padding": "same", "dilation": (2, 1)}, (20, 9)),
     (nn.Conv2d, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2)}, (9, 6)),
     (nn.Conv2d, {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}, (20, 31)),
     (nn.Conv2d, {"kernel_size": 7, "padding": 3}, (2, 3)),
