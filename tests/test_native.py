@@ -103,6 +103,8 @@ CONVOLUTIONS = [
     (nn.Conv2d, {"kernel_size": (3, 1), "padding": "same", "dilation": (2, 1)}, (20, 9)),
     (nn.Conv2d, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2)}, (9, 6)),
     (nn.Conv2d, {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}, (20, 31)),
+    (nn.Conv2d, {"kernel_size": 3, "stride": 2, "padding": 1}, (9, 8)),
+    (nn.Conv2d, {"kernel_size": (1, 3), "stride": (1, 3), "padding": (0, 2)}, (3, 700)),
     (nn.Conv2d, {"kernel_size": 7, "padding": 3}, (2, 3)),
     (nn.Conv2d, {"kernel_size": 5, "padding": 6}, (3, 4)),
     (nn.Conv2d, {"kernel_size": 3, "stride": 4}, (19, 19)),
@@ -139,6 +141,15 @@ def test_taps_beyond_the_image():
     kind = describe(nn.Conv2d(5, 1, (1, 9), padding=(0, 4)))[0].kind
     taps = kind.input_sums(torch.randn(60, 5, 3, 3), Pick(4, None, 0)).vectors.view(20, 9)
     assert (taps != 0).any(0).tolist() == [False] * 2 + [True] * 5 + [False] * 2
+
+
+@compiled
+def test_taps_that_see_few_columns():
+    """What the others hold costs them no digits."""
+    kind = describe(nn.Conv2d(1, 1, (1, 6)))[0].kind
+    x = torch.randn(8, 1, 4, 6) * 10.0 ** torch.arange(0, -12, -2)
+    found, exact = (kind.input_sums(t, Pick(4, None, 0)).vectors for t in (x, x.double()))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
 
 def copied(state, dtype=None):
