@@ -4,11 +4,32 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import costs
+import costs_figures
+import costs_page
+import costs_picture
+import costs_rows
+import costs_runs
 import pytest
+from costs_rows import (
+    BASE,
+    DENSE_1,
+    DENSE_10,
+    EVA,
+    HALF,
+    KFAC_1,
+    KFAC_10,
+    KFAC_50,
+    MKOR,
+    SELDOM,
+    SMALL,
+    SOAP,
+    SOAP_1,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -89,7 +110,7 @@ def write(
     cpu: str = "a processor",
 ) -> None:
     """The files of a row as `mkor overhead` writes them; 1.5 for those who are not named."""
-    row = costs.ROWS[name]
+    row = costs_rows.ROWS[name]
     for index, (run, file) in enumerate(row.files()):
         if index not in runs:
             continue
@@ -129,20 +150,20 @@ def write(
 
 
 def everything() -> list[str]:
-    return [row.name for row in costs.ALL if not row.asked_for]
+    return [row.name for row in costs_rows.ALL if not row.asked_for]
 
 
 def write_all(folder: Path, **ratios: Mapping[str, Ratio]) -> None:
     """All rows, by their names with underscores; memory at 3% and, in half precision, 1.5%."""
-    memory = {costs.MKOR: 0.03, costs.HALF: 0.015}
+    memory = {MKOR: 0.03, HALF: 0.015}
     for name in everything():
-        write(folder, name, ratios.get(name.replace("-", "_"), {costs.MKOR: 1.03}), memory=memory)
+        write(folder, name, ratios.get(name.replace("-", "_"), {MKOR: 1.03}), memory=memory)
 
 
 def page_of(folder: Path) -> str:
     """What `--page-only` writes, without the picture."""
-    everything = costs.read_all(costs.ALL, folder)
-    text: str = costs.page(everything, costs.command_of(str(folder), tiny=False), tiny=False)
+    everything = costs_figures.read_all(costs_rows.ALL, folder)
+    text: str = costs_page.page(everything, costs.command_of(str(folder), tiny=False), tiny=False)
     return text
 
 
@@ -154,7 +175,9 @@ def cells_of(text: str, heading: str, first: str) -> list[list[str]]:
 
 
 def row_of(folder: Path, name: str) -> Any:
-    (found,) = (each for each in costs.read_all(costs.ALL, folder) if each.row.name == name)
+    (found,) = (
+        each for each in costs_figures.read_all(costs_rows.ALL, folder) if each.row.name == name
+    )
     return found
 
 
@@ -162,7 +185,7 @@ def row_of(folder: Path, name: str) -> Any:
 
 
 def all_runs() -> list[Any]:
-    return [pytest.param(row, run, id=file) for row in costs.ALL for run, file in row.files()]
+    return [pytest.param(row, run, id=file) for row in costs_rows.ALL for run, file in row.files()]
 
 
 @pytest.mark.parametrize(("row", "run"), all_runs())
@@ -172,19 +195,19 @@ def test_runs_are_of_what_there_is(row: Any, run: Any) -> None:
     assert len(set(run.contestants)) == len(run.contestants)
     for label in run.contestants:
         check_names(parse_contestant(label))
-        cycle = costs.cycle_of(label)
-        seen = {costs.is_rare(index, run.warmup, cycle) for index in range(run.rounds)}
+        cycle = costs_figures.cycle_of(label)
+        seen = {costs_figures.is_rare(index, run.warmup, cycle) for index in range(run.rounds)}
         # No memory is measured by the clock.
         assert seen == ({True} if cycle == 1 else {True, False}) or not row.drawn
 
 
 def test_bars_are_about_runs_with_many_rounds_and_few_contestants() -> None:
-    for bar in costs.BARS:
-        run = costs.ROWS[bar.row].runs[0]
+    for bar in costs_rows.BARS:
+        run = costs_rows.ROWS[bar.row].runs[0]
         assert bar.contestant in run.contestants
         assert bar.figure == "extra_memory" or run.rounds >= 30
         assert len(run.contestants) <= 3
-    assert all(row.runs[0].limits for row in costs.ALL if row.drawn)
+    assert all(row.runs[0].limits for row in costs_rows.ALL if row.drawn)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +218,7 @@ def test_rare_work_falls_on_the_rounds_that_are_named(
     label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmup = 2
-    assert costs.cycle_of(label) == 3
+    assert costs_figures.cycle_of(label) == 3
     subject = model_subject("mlp", {"width": 8, "depth": 2, "rows": 12})
     worker = Worker(parse_contestant(label), subject)
     monkeypatch.setattr(Worker, "warmup_rounds", warmup)
@@ -203,14 +226,17 @@ def test_rare_work_falls_on_the_rounds_that_are_named(
     for _ in range(7):
         worker.profile()
     calls = [each.operators.total() for each in worker.profiles]
-    rare = [costs.is_rare(index, warmup, 3) for index in range(7)]
+    rare = [costs_figures.is_rare(index, warmup, 3) for index in range(7)]
     assert rare == [False, True, False, False, True, False, False]
     assert [each > min(calls) for each in calls] == rare
 
 
 def test_soap_decomposes_as_seldom_as_its_package_has_it() -> None:
-    default = base_defaults(parse_contestant(costs.SOAP).base)["precondition_frequency"]
-    assert (costs.cycle_of(costs.SOAP), costs.cycle_of(costs.SOAP_1)) == (default, 1)
+    default = base_defaults(parse_contestant(SOAP).base)["precondition_frequency"]
+    assert (costs_figures.cycle_of(SOAP), costs_figures.cycle_of(SOAP_1)) == (
+        default,
+        1,
+    )
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -219,11 +245,11 @@ def test_soap_decomposes_as_seldom_as_its_package_has_it() -> None:
 def test_bars_are_met_or_not(tmp_path: Path) -> None:
     write_all(
         tmp_path,
-        mlp_512_4096={costs.MKOR: 1.04},
-        mlp_1024_4096={costs.MKOR: 1.0404},
-        mlp_64_64={costs.MKOR: 2.5, costs.SMALL: 1.61},
+        mlp_512_4096={MKOR: 1.04},
+        mlp_1024_4096={MKOR: 1.0404},
+        mlp_64_64={MKOR: 2.5, SMALL: 1.61},
     )
-    write(tmp_path, "memory", {}, memory={costs.MKOR: 0.034, costs.HALF: 0.0181})
+    write(tmp_path, "memory", {}, memory={MKOR: 0.034, HALF: 0.0181})
     small, half = "`mkor[rank=16]+adamw`", "`mkor[factor_dtype=bfloat16]+adamw`"
     header, _, *found = cells_of(page_of(tmp_path), "The bars", "")
     assert header[1:5] == ["who", "bar", "arithmetic alone", "measured"]
@@ -248,8 +274,8 @@ def test_bars_are_met_or_not(tmp_path: Path) -> None:
 
 
 def test_bars_are_about_the_first_run(tmp_path: Path) -> None:
-    write(tmp_path, "conv-net", {costs.MKOR: 1.02}, runs=[0])
-    write(tmp_path, "conv-net", {costs.MKOR: 1.6}, runs=[1])
+    write(tmp_path, "conv-net", {MKOR: 1.02}, runs=[0])
+    write(tmp_path, "conv-net", {MKOR: 1.6}, runs=[1])
     text = page_of(tmp_path)
     assert cells_of(text, "The bars", "time, conv-net")[0][-2:] == ["1.020 (1.000-1.040)", "met"]
     assert cells_of(text, "conv-net", "`mkor+adamw`")[0][3] == "1.020 (1.000-1.040)"
@@ -300,57 +326,60 @@ def test_files_of_something_else_do_not_count(tmp_path: Path) -> None:
 def test_rare_work_is_averaged_over_its_cycle(tmp_path: Path) -> None:
     """The sixth of ten rounds has it: 4 - 0.03; the median of the others is 2."""
     ratio: dict[str, Ratio] = {
-        costs.KFAC_10: (2.0, 4.0),
-        costs.DENSE_10: (1.2, 1.7),
-        costs.SOAP: (1.6, 9.0),
+        KFAC_10: (2.0, 4.0),
+        DENSE_10: (1.2, 1.7),
+        SOAP: (1.6, 9.0),
     }
     write(tmp_path, "transformer-64", ratio)
     found = row_of(tmp_path, "transformer-64").found
-    assert found[costs.KFAC_10].ends == pytest.approx((2.0, 3.97))
-    assert found[costs.KFAC_10].ratio == pytest.approx((9 * 2.0 + 3.97) / 10)
-    assert found[costs.KFAC_50].ratio == pytest.approx((49 * 2.0 + 3.97) / 50)
-    assert found[costs.KFAC_1].ratio == pytest.approx(3.97)
-    assert found[costs.DENSE_1].ratio == pytest.approx(1.67)
-    assert found[costs.MKOR].ratio == found[costs.MKOR].timing["ratio"] == pytest.approx(1.5)
+    assert found[KFAC_10].ends == pytest.approx((2.0, 3.97))
+    assert found[KFAC_10].ratio == pytest.approx((9 * 2.0 + 3.97) / 10)
+    assert found[KFAC_50].ratio == pytest.approx((49 * 2.0 + 3.97) / 50)
+    assert found[KFAC_1].ratio == pytest.approx(3.97)
+    assert found[DENSE_1].ratio == pytest.approx(1.67)
+    assert found[MKOR].ratio == found[MKOR].timing["ratio"] == pytest.approx(1.5)
     text = page_of(tmp_path)
-    soap = row_of(tmp_path, "transformer-64").beside[costs.SOAP_1]
-    assert (soap.source, soap.ratio) == (costs.SOAP, pytest.approx(8.97))
+    soap = row_of(tmp_path, "transformer-64").beside[SOAP_1]
+    assert (soap.source, soap.ratio) == (SOAP, pytest.approx(8.97))
     assert cells_of(text, "Against the others", "transformer-64")[0][6] == "8.970"
     rows = {cells[0]: cells for cells in cells_of(text, "transformer-64", "`")}
-    assert rows[f"`{costs.KFAC_10}`"][3:5] == ["2.010 (1.980-2.020)", "2.197"]
-    assert rows[f"`{costs.KFAC_50}`, computed"][2:6] == ["", "", "2.039", ""]
-    assert rows[f"`{costs.MKOR}`"][4] == ""
+    assert rows[f"`{KFAC_10}`"][3:5] == ["2.010 (1.980-2.020)", "2.197"]
+    assert rows[f"`{KFAC_50}`, computed"][2:6] == ["", "", "2.039", ""]
+    assert rows[f"`{MKOR}`"][4] == ""
     order = [label.split("`")[1] for label in rows]
-    assert order == [each for each in [costs.BASE, *costs.LOOKS] if each in order]
+    assert order == [each for each in [BASE, *costs_rows.LOOKS] if each in order]
 
 
 def test_what_was_measured_is_not_computed(tmp_path: Path) -> None:
-    ratio: dict[str, Ratio] = {costs.KFAC_1: 3.5, costs.KFAC_10: (2.0, 4.0)}
+    ratio: dict[str, Ratio] = {KFAC_1: 3.5, KFAC_10: (2.0, 4.0)}
     write(tmp_path, "mlp-512-1024", ratio)
     found = row_of(tmp_path, "mlp-512-1024").found
-    assert (found[costs.KFAC_1].source, found[costs.KFAC_1].ratio) == ("", pytest.approx(3.5))
-    assert found[costs.KFAC_50].source == costs.KFAC_10
+    assert (found[KFAC_1].source, found[KFAC_1].ratio) == (
+        "",
+        pytest.approx(3.5),
+    )
+    assert found[KFAC_50].source == KFAC_10
 
 
 def test_rounds_that_miss_the_rare_work_say_so(tmp_path: Path) -> None:
-    write(tmp_path, "conv-net", {costs.SOAP: (2.0, 4.0), costs.MKOR: 1.1}, rounds=5)
+    write(tmp_path, "conv-net", {SOAP: (2.0, 4.0), MKOR: 1.1}, rounds=5)
     found = row_of(tmp_path, "conv-net")
-    assert found.found[costs.SOAP].ratio is None
-    assert costs.KFAC_50 not in found.found
+    assert found.found[SOAP].ratio is None
+    assert KFAC_50 not in found.found
     text = page_of(tmp_path)
     assert cells_of(text, "conv-net", "`soap`")[0][4] == "not seen"
     assert cells_of(text, "Against the others", "conv-net")[0][3:6] == ["", "", "not measured"]
 
 
-@pytest.mark.parametrize("rival", [costs.SOAP, costs.KFAC_10, costs.DENSE_10])
+@pytest.mark.parametrize("rival", [SOAP, KFAC_10, DENSE_10])
 def test_one_that_is_cheaper_is_told(tmp_path: Path, rival: str) -> None:
     """Each at every step: KFAC and DenseMKOR by their rounds with the rare work."""
-    write_all(tmp_path, conv_net={costs.MKOR: 1.4, rival: (1.1, 1.6)})
+    write_all(tmp_path, conv_net={MKOR: 1.4, rival: (1.1, 1.6)})
     bar = cells_of(page_of(tmp_path), "The bars", "cheaper")[0]
-    cheaper = rival == costs.SOAP
+    cheaper = rival == SOAP
     assert bar[-1] == ("**not met**" if cheaper else "met")
     assert ("not in conv-net" in bar[-2]) is cheaper
-    write(tmp_path, "conv-net", {costs.MKOR: 1.4, rival: (1.1, 1.3)})
+    write(tmp_path, "conv-net", {MKOR: 1.4, rival: (1.1, 1.3)})
     text = page_of(tmp_path)
     told = cells_of(text, "The bars", "cheaper")[0][-2:]
     assert told == ["in 9 of 10 rows; not in conv-net", "**not met**"]
@@ -360,13 +389,13 @@ def test_one_that_is_cheaper_is_told(tmp_path: Path, rival: str) -> None:
 
 
 def test_the_distance_to_eva_is_taken_round_by_round(tmp_path: Path) -> None:
-    write(tmp_path, "conv-net", {costs.MKOR: 1.2, costs.EVA: 1.0})
+    write(tmp_path, "conv-net", {MKOR: 1.2, EVA: 1.0})
     path = tmp_path / "conv-net-others.json"
     record = json.loads(path.read_text())
     samples = {each["contestant"]: each["cpu_samples"] for each in record["timings"]}
     # Each round of both is slower than the one before it; their quotients are not.
-    samples[costs.EVA][:] = [float(index + 1) for index in range(10)]
-    samples[costs.MKOR][:] = [1.1 * (index + 1) for index in range(9)] + [30.0]
+    samples[EVA][:] = [float(index + 1) for index in range(10)]
+    samples[MKOR][:] = [1.1 * (index + 1) for index in range(9)] + [30.0]
     path.write_text(json.dumps(record))
     found = cells_of(page_of(tmp_path), "Against the others", "conv-net")[0]
     assert found[-1] == "1.100 (1.100-1.100)"
@@ -408,46 +437,54 @@ def panel() -> Any:
 
 def test_the_picture_shows_figures_and_bars(tmp_path: Path) -> None:
     ratio: dict[str, Ratio] = {
-        costs.MKOR: 2.7,
-        costs.SMALL: 1.5,
-        costs.SOAP: (2.0, 4.0),
-        costs.KFAC_1: 12.34,
+        MKOR: 2.7,
+        SMALL: 1.5,
+        SOAP: (2.0, 4.0),
+        KFAC_1: 12.34,
     }
     write(tmp_path, "mlp-64-64", ratio)
-    axes, lanes = panel(), {label: index for index, label in enumerate(costs.LOOKS)}
-    costs.draw_panel(axes, row_of(tmp_path, "mlp-64-64"), lanes)
+    axes, lanes = panel(), {label: index for index, label in enumerate(costs_rows.LOOKS)}
+    costs_picture.draw_panel(axes, row_of(tmp_path, "mlp-64-64"), lanes)
     found = {text.xy[1]: text for text in axes.texts if hasattr(text, "xy")}
     texts = {label: found[lane].get_text() for label, lane in lanes.items()}
-    assert texts[costs.MKOR] == "2.700 > 2.6"
-    assert texts[costs.SMALL] == "1.500 ≤ 1.6"
-    assert texts[costs.SOAP] == "2.20"
-    assert texts[costs.KFAC_1] == "12.3"
+    assert texts[MKOR] == "2.700 > 2.6"
+    assert texts[SMALL] == "1.500 ≤ 1.6"
+    assert texts[SOAP] == "2.20"
+    assert texts[KFAC_1] == "12.3"
     inks = {label: to_hex(found[lane].get_color()).upper() for label, lane in lanes.items()}
-    assert (inks[costs.MKOR], inks[costs.SMALL]) == (costs.BAD, costs.GOOD)
+    assert (inks[MKOR], inks[SMALL]) == (
+        costs_picture.BAD,
+        costs_picture.GOOD,
+    )
     black = [line for line in axes.lines if line.get_color() == "black"]
     assert {line.get_xdata()[0] for line in black} == {2.6, 1.6}
     dots = {line.get_ydata()[0]: line for line in axes.lines if line.get_marker() == "o"}
     ways = {label: dots[lane].get_markerfacecolor() for label, lane in lanes.items()}
     hollow = [label for label, face in ways.items() if face == "white"]
-    assert hollow == [costs.SELDOM, costs.DENSE_10, costs.KFAC_10, costs.KFAC_50]
+    assert hollow == [
+        SELDOM,
+        DENSE_10,
+        KFAC_10,
+        KFAC_50,
+    ]
     colours = {label: dots[lane].get_color() for label, lane in lanes.items()}
-    assert colours == {label: look[1] for label, look in costs.LOOKS.items()}
+    assert colours == {label: look[1] for label, look in costs_rows.LOOKS.items()}
     (tmp_path / "mlp-64-64.json").unlink()
     axes = panel()
-    costs.draw_panel(axes, row_of(tmp_path, "mlp-64-64"), lanes)
+    costs_picture.draw_panel(axes, row_of(tmp_path, "mlp-64-64"), lanes)
     assert "2.70" in [text.get_text() for text in axes.texts]
     assert "black" not in [line.get_color() for line in axes.lines]
 
 
 def test_a_panel_says_that_nothing_was_measured(tmp_path: Path) -> None:
     axes = panel()
-    costs.draw_panel(axes, row_of(tmp_path, "conv-net"), {})
+    costs_picture.draw_panel(axes, row_of(tmp_path, "conv-net"), {})
     assert "not measured" in [text.get_text() for text in axes.texts]
 
 
 def test_all_panels_share_an_axis_that_holds_everything(tmp_path: Path) -> None:
-    write(tmp_path, "mlp-64-64", {costs.MKOR: 0.5, costs.KFAC_10: (2.0, 40.0)})
-    low, high = costs.limits_of(costs.read_all(costs.ALL, tmp_path))
+    write(tmp_path, "mlp-64-64", {MKOR: 0.5, KFAC_10: (2.0, 40.0)})
+    low, high = costs_picture.limits_of(costs_figures.read_all(costs_rows.ALL, tmp_path))
     assert low < 0.5 - 0.03
     assert high > 40
 
@@ -462,10 +499,10 @@ def _measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measure(row: Any, run: Any, path: Path, *, quiet: bool) -> bool:
         seen.append(path.name)
-        write(path.parent, row.name, {costs.MKOR: 1.01}, runs=[row.runs.index(run)])
+        write(path.parent, row.name, {MKOR: 1.01}, runs=[row.runs.index(run)])
         return True
 
-    monkeypatch.setattr(costs, "measure", measure)
+    monkeypatch.setattr(costs_runs, "measure", measure)
     monkeypatch.setattr(costs, "draw", lambda *_: None)
     return seen
 
@@ -473,7 +510,7 @@ def _measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_everything_is_measured_unless_it_is_named(measured: list[str], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "new")]
     assert costs.main(out) == 0
-    files = [file for row in costs.ALL if not row.asked_for for _, file in row.files()]
+    files = [file for row in costs_rows.ALL if not row.asked_for for _, file in row.files()]
     assert measured == files
     assert len(set(files)) == len(files) == 21
     measured.clear()
@@ -490,7 +527,7 @@ def test_resuming_skips_what_is_there(
     measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--out", str(tmp_path), "--rows", "conv-net,memory"]
-    write(tmp_path, "conv-net", {costs.MKOR: 1.25}, runs=[0])
+    write(tmp_path, "conv-net", {MKOR: 1.25}, runs=[0])
     assert costs.main([*words, "--resume"]) == 0
     assert measured == ["conv-net-others.json", "memory.json"]
     told = capsys.readouterr().err
@@ -512,7 +549,7 @@ def test_resuming_skips_what_is_there(
 def test_the_page_alone_measures_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(costs, "measure", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr(costs_runs, "measure", lambda *_, **__: pytest.fail("it measured"))
     write_all(tmp_path)
     (tmp_path / "costs.md").write_text("spoilt")
     assert costs.main(["--out", str(tmp_path), "--page-only"]) == 0
@@ -531,9 +568,9 @@ def run_with(status: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(command)
         assert how["env"]["OMP_NUM_THREADS"] == "1"
         Path(command[command.index("--json") + 1]).write_text("{")
-        return costs.subprocess.CompletedProcess(command, status)
+        return costs_runs.subprocess.CompletedProcess(command, status)
 
-    monkeypatch.setattr(costs.subprocess, "run", run)
+    monkeypatch.setattr(costs_runs.subprocess, "run", run)
     return commands
 
 
@@ -552,7 +589,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
 def test_an_interruption_keeps_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(tmp_path, "mlp-64-64", {costs.MKOR: 2.0})
+    write(tmp_path, "mlp-64-64", {MKOR: 2.0})
     commands = run_with(130, monkeypatch)
     assert costs.main(["--out", str(tmp_path), "--rows", "conv-net,memory"]) == 130
     assert len(commands) == 1
@@ -591,9 +628,9 @@ def test_a_wrong_request_is_told_before_anything_runs(
 def test_a_row_from_its_process_to_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = costs.ROWS["memory"]
-    run = costs.replace(row.runs[0], limits=True)
-    monkeypatch.setitem(costs.ROWS, "memory", costs.replace(row, runs=(run,)))
+    row = costs_rows.ROWS["memory"]
+    run = replace(row.runs[0], limits=True)
+    monkeypatch.setitem(costs_rows.ROWS, "memory", replace(row, runs=(run,)))
     words = ["--out", str(tmp_path), "--rows", "memory", "--tiny", "--quiet"]
     assert costs.main(words) == 0
     (text,) = (path.read_text() for path in tmp_path.glob("*.json"))

@@ -109,6 +109,7 @@ CONVOLUTIONS = [
     (nn.Conv2d, {"kernel_size": 5, "padding": 6}, (3, 4)),
     (nn.Conv2d, {"kernel_size": 3, "stride": 4}, (19, 19)),
     (nn.Conv2d, {"kernel_size": 6}, (6, 6)),
+    (nn.Conv2d, {"kernel_size": 6, "padding": 1}, (6, 6)),
 ]
 
 
