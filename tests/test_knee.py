@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import knee
+import knee_picture
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -159,21 +160,23 @@ def test_a_table_for_each_knob(record: Record, made: tuple[Path, str]) -> None:
 
 def test_the_picture_joins_the_values_and_marks_the_default(record: Record) -> None:
     found, axes = record["knobs"]["rows"], panel()
-    marks = knee.marks_of(found)
+    marks = knee_picture.marks_of(found)
     assert [figures["text"] for figures, _ in marks] == ["adamw", "2", "32", "none"]
     colours = [colour for _, colour in marks]
     assert colours[0] == GREY
     assert colours[2] == COLOURS[1]
     assert len(set(colours)) == 4
-    knee.draw_values(axes, marks)
-    joined = next(line for line in axes.lines if to_hex(line.get_color()).upper() == knee.JOINING)
+    knee_picture.draw_values(axes, marks)
+    joined = next(
+        line for line in axes.lines if to_hex(line.get_color()).upper() == knee_picture.JOINING
+    )
     assert joined.get_xdata() == pytest.approx([e["cpu_ratio"] for e in found["settings"]])
     assert joined.get_ydata() == pytest.approx([e["loss"] for e in found["settings"]])
     flat = [
         line for line in axes.lines if line.get_ydata() == pytest.approx([marks[0][0]["loss"]] * 2)
     ]
     assert len(flat) == 1
-    knee.write_values(axes, marks)
+    knee_picture.write_values(axes, marks)
     weights = {text.get_text(): text.get_fontweight() for text in axes.texts}
     assert weights == {"adamw": "normal", "2": "normal", "32": "bold", "none": "normal"}
 
@@ -185,17 +188,19 @@ def test_there_is_a_picture(made: tuple[Path, str]) -> None:
 
 def test_texts_keep_clear_of_lines_and_of_each_other() -> None:
     place, size, corners = (100.0, 100.0), (6.0, 4.5), ((0.0, 0.0), (200.0, 200.0))
-    right = (size[0] + knee.NEAR, 0.0)
+    right = (size[0] + knee_picture.NEAR, 0.0)
     left = (-right[0], 0.0)
-    assert knee.clearest(place, size, [place], [place], corners) == right
-    wall = knee.line_of((110.0, 80.0), (110.0, 120.0))
-    assert knee.clearest(place, size, wall, [place], corners) == left
+    assert knee_picture.clearest(place, size, [place], [place], corners) == right
+    wall = knee_picture.line_of((110.0, 80.0), (110.0, 120.0))
+    assert knee_picture.clearest(place, size, wall, [place], corners) == left
     # Nor is there room beyond the panel, or nearer to another point.
-    assert knee.clearest(place, size, [place], [place], ((0.0, 0.0), (110.0, 200.0))) == left
+    assert (
+        knee_picture.clearest(place, size, [place], [place], ((0.0, 0.0), (110.0, 200.0))) == left
+    )
     rival = (110.0, 100.0)
-    assert knee.clearest(place, size, [(0.0, 0.0)], [place, rival], corners) == left
+    assert knee_picture.clearest(place, size, [(0.0, 0.0)], [place, rival], corners) == left
     ring = [(100.0 + 15 * x, 100.0 + 12 * y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
-    x, y = knee.clearest(place, size, ring, [place], corners)
+    x, y = knee_picture.clearest(place, size, ring, [place], corners)
     assert abs(x) > right[0]
     assert y
 
@@ -206,13 +211,13 @@ def test_what_diverged_is_told_and_not_drawn(record: Record, tmp_path: Path) -> 
     lost |= {"loss": None, "spread": None, "match": None, "curve": None}
     lost["less_default"] = {"mean": None, "spread": None}
     assert knee.cells(lost, "rank=4")[1] == "diverged"
-    marks = knee.marks_of(found)
-    knee.draw_values(axes, marks)
-    knee.write_values(axes, marks)
+    marks = knee_picture.marks_of(found)
+    knee_picture.draw_values(axes, marks)
+    knee_picture.write_values(axes, marks)
     assert {text.get_text() for text in axes.texts} == {"diverged: 4", "adamw", "64"}
     base = found["baseline"]
     base |= {"loss": None, "spread": None, "match": None, "curve": None}
-    knee.draw(record, tmp_path / "knee.png")
+    knee_picture.draw(record, tmp_path / "knee.png")
     assert (tmp_path / "knee.png").exists()
 
 
