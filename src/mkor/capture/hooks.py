@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mkor.capture.gate import Gate
+from mkor.capture.passes import graph_is_kept
 from mkor.capture.site import Site
 from mkor.capture.tray import Call
 from mkor.layers.sums import PartSums
@@ -92,7 +93,7 @@ class ForwardHook(InertHook):
         if compiling:
             return self._compiled(module, x, output)
         gate.calls += 1
-        if x.numel() and torch._C._functorch.peek_interpreter_stack() is None:
+        if x.numel() and not x.is_nested and x.layout is torch.strided and not _is_transformed():
             self._eager(module, x, output)
         return None
 
@@ -150,6 +151,8 @@ class GradientHook:
         """
         gate, site, grad = self.gate, self.site, grads[self.place]
         if grad is None or not gate.open:
+            if not graph_is_kept():
+                self.a = None
             return
         if self.shape is not None:
             grad = grad.reshape(self.shape)
@@ -163,6 +166,9 @@ class GradientHook:
 
     def _take(self, grad: Tensor) -> None:
         gate, site = self.gate, self.site
+        # Several passes at once (`is_grads_batched`) are not training's.
+        if type(grad) is Tensor and not torch._C._has_storage(grad):
+            return
         if not (site.add_call(self, grad, gate.now) or gate.hold(site, self, grad)):
             self._capture(grad.detach())
 
@@ -198,6 +204,11 @@ class AccumulationHook(InertHook):
         """Count the pass if passes count."""
         if self.gate.open:
             self.gate.passes.accumulated(self.key, self.sharded)
+
+
+def _is_transformed() -> bool:
+    """Whether code runs under a transformation of ``torch.func``, on tensors that hide others."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _wait_for_gradient(output: Tensor, hook: GradientHook) -> None:

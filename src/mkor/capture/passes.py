@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Passes"]
+__all__ = ["Passes", "graph_is_kept"]
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running may be followed by another through its graph.
+
+    Returns:
+        False once and for all where it frees what the graph saved.
+    """
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
 
 
 class Passes:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mkor import native
+from mkor.capture.passes import graph_is_kept
 from mkor.capture.tray import META, Source, Tray
 from mkor.layers.kinds import LayerKind
 from mkor.layers.sums import PartSums, Pick, sums_by
 
 __all__ = ["Site"]
 
-_Planned = tuple[Sequence[int], Sequence[int], Pick | None, native.Plan | None]
+
+class _Planned(NamedTuple):
+    """How calls like the last one are summed.
+
+    Attributes:
+        x, g: Sizes of its input and output.
+        pick: Which rows are used; None before the first call.
+        plan: For kernels; None where they cannot.
+    """
+
+    x: Sequence[int] = ()
+    g: Sequence[int] = ()
+    pick: Pick | None = None
+    plan: native.Plan | None = None
 
 
 @dataclass(eq=False)
@@ -45,7 +59,7 @@ class Site:
     index: int
     tray: Tray
     places: tuple[int, ...] | None = None
-    _planned: _Planned = field(default=((), (), None, None), repr=False)
+    _planned: _Planned = field(default=_Planned(), repr=False)
 
     def begin(self, pick: Pick) -> None:
         """Plan calls like the last one, for that is slow between the products of a pass.
@@ -53,9 +67,9 @@ class Site:
         Args:
             pick: Which rows the coming passes use.
         """
-        x_sizes, g_sizes, planned_for, _ = self._planned
-        if planned_for is not None:
-            self._planned = (x_sizes, g_sizes, pick, self.kind.plan(x_sizes, g_sizes, pick))
+        x, g, before, _ = self._planned
+        if before is not None:
+            self._planned = _Planned(x, g, pick, self.kind.plan(x, g, pick))
 
     def add_call(self, source: Source, g: Tensor, pick: Pick) -> bool:
         """Sum a call at once by a kernel, which takes no time worth waiting for.
@@ -66,24 +80,26 @@ class Site:
             pick: Which rows are used.
 
         Returns:
-            Whether there was a kernel for it.
+            Whether that settles it: there was a kernel, or nothing to capture.
         """
         a = source.a
         if self.places is None or not isinstance(a, Tensor) or not native.serves(a, g):
             return False
-        x_sizes, g_sizes, planned_for, plan = self._planned
-        if pick is not planned_for or a.shape != x_sizes or g.shape != g_sizes:
-            # What does not fit is nothing to capture.
+        planned = self._planned
+        # One pick serves all passes of a step: there is no need to compare what it says.
+        if pick is not planned.pick or a.shape != planned.x or g.shape != planned.g:
             if not self.kind.fits(a, g):
+                source.a = None
                 return True
             plan = self.kind.plan(a.shape, g.shape, pick)
-            self._planned = (a.shape, g.shape, pick, plan)
+            planned = self._planned = _Planned(a.shape, g.shape, pick, plan)
+        plan = planned.plan
         if plan is None or not native.pays(plan.reads):
             return False
         native.add_call(plan, a, g, self.places)
+        captured = self.places[0] != 0
         # The graph may live on, and be used again; its inputs need not.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        source.a = sums_by(plan, 0, a) if kept and self.places[0] else None
+        source.a = sums_by(plan, 0, a) if captured and graph_is_kept() else None
         return True
 
     def add(self, a: PartSums | None, g: PartSums | None) -> None:

@@ -73,10 +73,12 @@ class ConvKind:
             False for anything else.
         """
         axes = self._axes
-        if x.is_nested or x.dim() not in (axes + 1, axes + 2) or x.dim() != output.dim():
+        if x.is_nested or x.dim() not in (axes + 1, axes + 2):
             return False
-        sizes = self.geometry.outputs(x.shape[-axes:])
-        return output.shape[-axes - 1 :] == (self.d_out, *sizes)
+        *samples, channels = x.shape[:-axes]
+        if channels * math.prod(self.geometry.kernel) != self.d_in:
+            return False
+        return output.shape == (*samples, self.d_out, *self.geometry.outputs(x.shape[-axes:]))
 
     def input_sums(self, x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of ``a``; see :class:`LayerKind`.
@@ -144,7 +146,7 @@ class ConvKind:
 
         Args:
             x: Sizes of its input; none where only output gradients are summed.
-            g: Sizes of its output.
+            g: Sizes of its output, of as many images.
             pick: Which rows are used, in an update that is known.
 
         Returns:

@@ -36,7 +36,10 @@ class LayerKind(Protocol):
         """Rows of ``W``."""
 
     def fits(self, x: Tensor, output: Tensor) -> bool:
-        """Whether input and output of a call are this layer's; a subclass may reshape them."""
+        """Whether input and output are what this layer takes and makes, sample by sample.
+
+        A subclass may change them first, a hook afterwards; then there is nothing to capture.
+        """
 
     def input_sums(self, x: Tensor | Sequence[Tensor], pick: Pick) -> PartSums:
         """Sums of ``a`` over the parts that ``pick`` chooses from the layer's input.

@@ -13,19 +13,19 @@
 typedef struct {
     long long d;
     images im;
-} source;
+} operand;
 
 /* How calls of one shape are summed: parts of the samples, each of which has so many rows (of
    images, patches), and the rows of a call, used or not. Python fills it number by number. */
 typedef struct {
     parts p;
     long long rows, total;
-    source side[2];
+    operand side[2];
 } plan;
 
 /* sums[k, d] = those of one side's parts; returns the sum of the squares of all entries. */
 static double side_sums(const plan *s, int side, const float *x, float *sums) {
-    const source *from = &s->side[side];
+    const operand *from = &s->side[side];
     return from->im.channels ? patch_sums(x, &from->im, &s->p, sums)
                              : row_sums(x, from->d, &s->p, sums);
 }

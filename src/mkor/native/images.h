@@ -33,7 +33,8 @@ INLINE float columns(const float *x, int64_t width, int64_t n, int64_t from, int
 }
 
 /* out[taps] += the patches of one channel of an image, where steps are 1: under tap (t, u) there are
-   some columns of some lines, mostly all but a few at their ends. Returns the sum of squares. */
+   some columns of some lines, mostly all but a few at their ends. Returns the sum of squares, for
+   all taps together: those of all columns, as often as they are used, but for the ends'. */
 INLINE double add_patches(const float *x, const images *im, float *out) {
     double squares = 0, off = 0;
     int most = 2 * im->across > im->width;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,6 +54,11 @@ class Images(NamedTuple):
     across: int
 
     @property
+    def row(self) -> int:
+        """Entries of a patch."""
+        return math.prod((self.sizes[0], *self.kernel))
+
+    @property
     def numbers(self) -> list[int]:
         """All of them in order."""
         groups = (self.sizes, self.kernel, self.stride, self.dilation, self.before, self.lines)
@@ -74,6 +80,9 @@ class Plan:
         widths: Entries of a row of inputs and of output gradients.
         images: Where these are images.
 
+    Raises:
+        ValueError: Patches are not as wide as rows are.
+
     Attributes:
         counts: Rows in each part.
         total: As above.
@@ -94,6 +103,9 @@ class Plan:
     ) -> None:
         numbers = [*parts, rows, total]
         for width, of_images in zip(widths, images, strict=True):
+            # Kernels write as much as the images say, into places as wide as the rows are said to.
+            if of_images.row not in (0, width):
+                raise ValueError(f"patches have {of_images.row} entries, but rows {width}")
             numbers += [width, *of_images.numbers]
         self._numbers = array("q", numbers)
         self.address = self._numbers.buffer_info()[0]
