@@ -21,10 +21,10 @@ __all__ = [
     "whitening_roots",
 ]
 
-LARGE = 1 << 21
+LARGE = 1 << 20
 """Entries of a weight that leave a processor's caches from one product to the next."""
 
-ROWS = 128
+ROWS = 256
 """Of a large weight that are handled at a time."""
 
 

@@ -134,8 +134,10 @@ def _norms(some: Gradients, raw: bool) -> Tensor:
 
 
 def _norms_of(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
-    """Those of one layer each, in one call for all weights and biases."""
+    """Those of one layer each, in one call for all weights and biases where there is no kernel."""
     blocks = [some.W for some in gradients]
+    if native.serves(*blocks):
+        return torch.cat([linalg.joint_norm(some.W, some.b) for some in gradients])
     if all(some.b is None for some in gradients):
         return torch.stack(torch._foreach_norm(blocks, 2, dtype))
     blocks += [some.W.new_zeros(()) if some.b is None else some.b for some in gradients]
