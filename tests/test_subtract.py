@@ -22,8 +22,8 @@ def pieces(monkeypatch):
         subtract(U, across, u, W, b, only)
 
     monkeypatch.setattr(windows, "_subtract_right", noting)
-    monkeypatch.setattr(windows, "LARGE", 0)
-    monkeypatch.setattr(windows, "ROWS", ROWS)
+    for name, value in {"LARGE": 0, "WIDE": 0, "CACHED": 0, "FEWEST": ROWS}.items():
+        monkeypatch.setattr(windows, name, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield found
@@ -67,8 +67,16 @@ def test_both_sides_by_rows(dtype, bias, d_out, layers, transposed, masked, piec
 def test_small_weights_are_handled_whole(pieces, monkeypatch):
     """And all where several threads share each product."""
     U, W = whitened(1, 4, 20, F64), torch.randn(1, 20, 20, dtype=F64)
-    for large, threads, count in ((401, 1, 1), (400, 1, 3), (400, 2, 1)):
+    for large, wide, cached, threads, count in (
+        (401, 20, 0, 1, 1),
+        (400, 21, 0, 1, 1),
+        (400, 20, 0, 2, 1),
+        (400, 20, 0, 1, 3),
+        (400, 20, 10 * 20, 1, 2),
+    ):
         monkeypatch.setattr(windows, "LARGE", large)
+        monkeypatch.setattr(windows, "WIDE", wide)
+        monkeypatch.setattr(windows, "CACHED", cached)
         torch.set_num_threads(threads)
         pieces.clear()
         linalg.subtract_both(U, U, None, W, None, None)

@@ -24,8 +24,11 @@ __all__ = [
 LARGE = 1 << 20
 """Entries of a weight that leave a processor's caches from one product to the next."""
 
-ROWS = 256
-"""Of a large weight that are handled at a time."""
+WIDE = 1024
+"""Entries of a row from which products of some rows are as fast as of all."""
+
+CACHED, FEWEST = 1 << 18, 128
+"""Of a large weight, entries that are handled at a time, and rows at least."""
 
 
 def whitening_roots(
@@ -93,7 +96,8 @@ def subtract_both(
         b: ``[B, d_out]``, or None for a layer without bias, or whose bias has no gradient.
         only: ``[B]`` bool; other layers stay as they are. None for all.
     """
-    if not W.is_cpu or W.numel() < LARGE or torch.get_num_threads() > 1:
+    large = W.is_cpu and W.numel() >= LARGE and W.shape[2] >= WIDE
+    if not large or torch.get_num_threads() > 1:
         subtract_left(left, W, b, only)
         subtract_right(right, u, W, b, only)
         return
@@ -101,8 +105,9 @@ def subtract_both(
     _subtract_from_bias(left, b, only)
     # Products read it faster along its rows.
     across = right.mT.contiguous()
-    for start in range(0, W.shape[1], ROWS):
-        here = slice(start, start + ROWS)
+    rows = max(FEWEST, CACHED // W.shape[2])
+    for start in range(0, W.shape[1], rows):
+        here = slice(start, start + rows)
         some = W[:, here]
         some.baddbmm_(columns[:, here], X, alpha=-1)
         _subtract_right(right, across, u, some, None if b is None else b[:, here], only)
