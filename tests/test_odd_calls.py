@@ -55,7 +55,8 @@ def test_other_channels_than_the_layers(kind, channels, rows):
         assert sorted(captured(optimizer)) == [0, 8 * 4 * 4]
         before = [p.grad.clone() for p in model.parameters()]
         optimizer.step()
-        changed = [not torch.equal(p.grad, g) for p, g in zip(model.parameters(), before)]  # noqa: B905
+        pairs = zip(model.parameters(), before, strict=True)
+        changed = [not torch.equal(p.grad, g) for p, g in pairs]
         assert changed == [False, False, True, True]
 
 

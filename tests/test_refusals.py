@@ -77,6 +77,8 @@ _launches = launches_of(run)
 @pytest.mark.parametrize("name", MODELS)
 def test_refused_with_a_reason(launches, world, name):
     """A ``TypeError`` says what is not supported, on every process."""
-    for failure in launches(world)[name]:
-        assert failure is not None
+    failures = launches(world)[name]
+    assert len(failures) == world
+    for failure in failures:
+        assert failure is not None, "nothing was raised"
         assert MODELS[name][1] in failure["message"].replace("-", " "), failure["message"]

@@ -135,7 +135,7 @@ class Watch:
             rows: Rows per vector and micro-batch; None for all.
         """
         self.gate.begin(updates, rows)
-        for tick in {id(batch.tick): batch.tick for batch in self.batches}.values():
+        for tick in {batch.tick for batch in self.batches}:
             tick.fill_(updates)
         for batch in self.batches:
             if wanted:

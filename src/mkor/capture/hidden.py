@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mkor.capture.gate import Gate
-from mkor.capture.hooks import GradientHook, InertHook
+from mkor.capture.hooks import GradientHook, InertHook, is_transformed
 from mkor.capture.site import Site
 from mkor.profiling import span
 from mkor.selection import Layer
@@ -65,7 +65,7 @@ class HiddenHook(InertHook):
         output = output[0] if isinstance(output, tuple) else output
         if not (isinstance(output, Tensor) and output.requires_grad):
             return
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_transformed():
             return
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         search = gate.search

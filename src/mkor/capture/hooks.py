@@ -21,7 +21,7 @@ from mkor.capture.tray import Call
 from mkor.layers.sums import PartSums
 from mkor.profiling import is_profiling, span
 
-__all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook"]
+__all__ = ["AccumulationHook", "ForwardHook", "GradientHook", "InertHook", "is_transformed"]
 
 
 class _Tap(torch.autograd.Function):
@@ -91,9 +91,9 @@ class ForwardHook(InertHook):
                 gate.calls += torch.is_grad_enabled()
             return None
         if compiling:
-            return self._compiled(module, x, output)
+            return self._compiled(module, x, output) if x.numel() else None
         gate.calls += 1
-        if x.numel() and not x.is_nested and x.layout is torch.strided and not _is_transformed():
+        if x.numel() and not x.is_nested and x.layout is torch.strided and not is_transformed():
             self._eager(module, x, output)
         return None
 
@@ -117,7 +117,7 @@ class ForwardHook(InertHook):
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         gate, site = self.gate, self.site
-        if site is None or not _trains(module) or not site.kind.fits(x, output) or not x.numel():
+        if site is None or not _trains(module) or not site.kind.fits(x, output):
             return None
         a = gate.inputs(site.kind, x.detach(), gate.pick(site.update))
         tapped: Tensor = _Tap.apply(output, site, gate, a)  # type: ignore[no-untyped-call]
@@ -206,8 +206,12 @@ class AccumulationHook(InertHook):
             self.gate.passes.accumulated(self.key, self.sharded)
 
 
-def _is_transformed() -> bool:
-    """Whether code runs under a transformation of ``torch.func``, on tensors that hide others."""
+def is_transformed() -> bool:
+    """Whether code runs under a transformation of ``torch.func``, on tensors that hide others.
+
+    Returns:
+        Whether it does.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

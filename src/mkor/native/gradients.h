@@ -19,26 +19,12 @@ typedef struct {
 /* Squares that are added up in single precision. */
 #define FEW_SQUARES 4096
 
-INLINE float squares_of(const float *x, int64_t n) {
-    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        vec a = LOAD(x + i), b = LOAD(x + i + LANES);
-        vec c = LOAD(x + i + 2 * LANES), d = LOAD(x + i + 3 * LANES);
-        s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
-    }
-    s0 += s1, s2 += s3, s0 += s2;
-    float all = total(&s0);
-    for (; i < n; i++) all += x[i] * x[i];
-    return all;
-}
-
 /* sqrt(|W_i|^2 + |b_i|^2) of a layer. */
 INLINE float joint_norm(const stack *s, int64_t i) {
     const float *W = s->W + i * s->n, *b = s->b + i * s->m;
-    double squares = s->m ? squares_of(b, s->m) : 0;
+    double squares = s->m ? dot(b, b, s->m) : 0;
     for (int64_t c = 0; c < s->n; c += FEW_SQUARES)
-        squares += squares_of(W + c, s->n - c < FEW_SQUARES ? s->n - c : FEW_SQUARES);
+        squares += dot(W + c, W + c, s->n - c < FEW_SQUARES ? s->n - c : FEW_SQUARES);
     return (float)sqrt(squares);
 }
 

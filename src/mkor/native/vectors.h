@@ -45,10 +45,16 @@ MANY static float sum(const float *x, int64_t n) {
 }
 
 INLINE float dot(const float *x, const float *y, int64_t d) {
-    vec sum = {0};
+    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
     int64_t c = 0;
-    for (; c + LANES <= d; c += LANES) sum += LOAD(x + c) * LOAD(y + c);
-    float all = total(&sum);
+    for (; c + 4 * LANES <= d; c += 4 * LANES) {
+        s0 += LOAD(x + c) * LOAD(y + c), s1 += LOAD(x + c + LANES) * LOAD(y + c + LANES);
+        s2 += LOAD(x + c + 2 * LANES) * LOAD(y + c + 2 * LANES);
+        s3 += LOAD(x + c + 3 * LANES) * LOAD(y + c + 3 * LANES);
+    }
+    for (; c + LANES <= d; c += LANES) s0 += LOAD(x + c) * LOAD(y + c);
+    s0 += s1, s2 += s3, s0 += s2;
+    float all = total(&s0);
     for (; c < d; c++) all += x[c] * y[c];
     return all;
 }
