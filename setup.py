@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 HERE = Path("src/mkor/native")
 KERNELS = Extension(
     "mkor.native._kernels",
-    [str(HERE / "kernels.c")],
+    sorted(map(str, HERE.glob("*.c"))),
     depends=sorted(map(str, HERE.glob("*.h"))),
     extra_compile_args=["-O3"],
     py_limited_api=True,

@@ -26,7 +26,24 @@ F32, F64 = torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
 
-compiled = pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
+VERSIONS = native.loading._kernels.versions() if native.in_use() else [None]
+"""What this processor can run."""
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    """The kernels as they were compiled for one kind of processor."""
+    kernels = native.loading._kernels
+    before = kernels.version()
+    kernels.use(request.param)
+    yield request.param
+    kernels.use(before)
+
+
+def compiled(test):
+    """Run a test with every version of the kernels."""
+    skip = pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
+    return skip(pytest.mark.usefixtures("version")(test))
 
 
 @pytest.fixture
@@ -41,7 +58,8 @@ def used(monkeypatch):
 
         return call
 
-    names = [name for name in dir(kernels) if not name.startswith("_")]
+    choosing = ("versions", "version", "use")
+    names = [name for name in dir(kernels) if not name.startswith("_") and name not in choosing]
     counters = {name: counting(name) for name in names}
     monkeypatch.setattr("mkor.native.loading._kernels", SimpleNamespace(**counters))
     return found
@@ -467,6 +485,13 @@ def test_gradients_without_memory():
     assert not model[0].weight.grad.any()
 
 
+@pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
+def test_the_best_version_runs(monkeypatch):
+    monkeypatch.delenv("MKOR_NATIVE", raising=False)
+    code = "from mkor import native; print(native.version())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == f"{VERSIONS[0]}\n"
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
 @pytest.mark.skipif(os.environ.get("MKOR_NATIVE") == "0", reason="the kernels are switched off")
 def test_kernels_were_compiled():
@@ -492,7 +517,7 @@ model = torch.nn.Linear(3, 3)
 optimizer = mkor.MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
 model(torch.ones(40, 3)).sum().backward()
 optimizer.step()
-print(mkor.native.in_use())
+print(mkor.native.version())
 """
 MISSING = "import sys\nsys.modules['mkor.native._kernels'] = None\n"
 
@@ -500,4 +525,26 @@ MISSING = "import sys\nsys.modules['mkor.native._kernels'] = None\n"
 @pytest.mark.parametrize(("code", "switch"), [(STEP, "0"), (MISSING + STEP, "1")])
 def test_package_works_without_kernels(code, switch):
     run, environment = [sys.executable, "-c", code], os.environ | {"MKOR_NATIVE": switch}
-    assert subprocess.check_output(run, env=environment, text=True) == "False\n"
+    assert subprocess.check_output(run, env=environment, text=True) == "None\n"
+
+
+@compiled
+def test_choosing_a_version(version):
+    environment = os.environ | {"MKOR_NATIVE": version}
+    run = [sys.executable, "-c", STEP]
+    assert subprocess.check_output(run, env=environment, text=True) == f"{version}\n"
+    assert native.version() == version
+    with pytest.raises(ValueError, match="no version 'sse9'"):
+        native.loading._kernels.use("sse9")
+    assert native.version() == version
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_asking_for_a_version_that_is_not_there(missing, monkeypatch):
+    """A run that should round as others do must not round in another way."""
+    if missing:
+        monkeypatch.setitem(sys.modules, "mkor.native._kernels", None)
+    for asked in ("avx1024", "false", *([VERSIONS[0]] if missing and native.in_use() else [])):
+        monkeypatch.setenv("MKOR_NATIVE", asked)
+        with pytest.raises(ValueError, match=f"MKOR_NATIVE='{asked}' .* 0 .none."):
+            native.loading._load()

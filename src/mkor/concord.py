@@ -81,7 +81,10 @@ class Concord:
 
 
 def _kernels(watch: Watch) -> str:
-    """Who does the small things on a CPU: both compute the same, but round differently."""
+    """Who does the small things on a CPU: all compute the same, but round differently."""
     if all(batch.shape.device.type != "cpu" for batch in watch.batches):
         return "not needed"
-    return "compiled" if native.in_use() else "not compiled, or switched off"
+    version = native.version()
+    if version is None:
+        return "not compiled, or switched off"
+    return f"compiled for {version} (MKOR_NATIVE asks for another version)"

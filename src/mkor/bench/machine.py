@@ -58,5 +58,5 @@ def environment() -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "kernels": native.in_use(),
+        "kernels": native.version(),
     }

@@ -6,22 +6,7 @@
 #include <stdlib.h>
 
 #include "images.h"
-#include "layers.h"
 #include "rows.h"
-
-/* Inputs or output gradients: rows of d entries, or images whose patches have as many. */
-typedef struct {
-    long long d;
-    images im;
-} operand;
-
-/* How calls of one shape are summed: parts of the samples, each of which has so many rows (of
-   images, patches), and the rows of a call, used or not. Python fills it number by number. */
-typedef struct {
-    parts p;
-    long long rows, total;
-    operand side[2];
-} plan;
 
 /* sums[k, d] = those of one side's parts; returns the sum of the squares of all entries. */
 static double side_sums(const plan *s, int side, const float *x, float *sums) {

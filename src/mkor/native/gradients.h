@@ -8,14 +8,6 @@
 
 #include "vectors.h"
 
-/* Gradients of B layers: n entries of each weight in W [B, n], m of each bias in b [B, m], where m
-   may be 0; and where they came from, all weights and then all biases. */
-typedef struct {
-    long long B, n, m;
-    float *W, *b;
-    float **home;
-} stack;
-
 /* Squares that are added up in single precision. */
 #define FEW_SQUARES 4096
 
@@ -28,12 +20,12 @@ INLINE float joint_norm(const stack *s, int64_t i) {
     return (float)sqrt(squares);
 }
 
-MANY static void joint_norms(const stack *s, float *norm) {
+static void joint_norms(const stack *s, float *norm) {
     for (int64_t i = 0; i < s->B; i++) norm[i] = joint_norm(s, i);
 }
 
 /* Copies them side by side, and takes their norms. */
-MANY static void gather(const stack *s, float *norm) {
+static void gather(const stack *s, float *norm) {
     for (int64_t i = 0; i < s->B; i++) {
         memcpy(s->W + i * s->n, s->home[i], s->n * sizeof(float));
         if (s->m) memcpy(s->b + i * s->m, s->home[s->B + i], s->m * sizeof(float));
@@ -42,7 +34,7 @@ MANY static void gather(const stack *s, float *norm) {
 }
 
 /* Each layer's entries times its ratio, to where they came from. */
-MANY static void scatter(const stack *s, const float *ratio) {
+static void scatter(const stack *s, const float *ratio) {
     for (int64_t i = 0; i < s->B; i++) {
         float *restrict W = s->home[i];
         for (int64_t c = 0; c < s->n; c++) W[c] = ratio[i] * s->W[i * s->n + c];

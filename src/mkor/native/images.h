@@ -5,13 +5,6 @@
 
 #include "rows.h"
 
-/* Images [channels, height, width], a kernel's taps, its steps, the distance of its taps and the
-   padding before, all by axis; and some lines of the output, which has `across` columns. */
-typedef struct {
-    long long channels, height, width, taps[2], stride[2], dilation[2], before[2];
-    long long first, lines, across;
-} images;
-
 /* The lines of an image that lie under tap t of the chosen output lines: from y, n of them. */
 INLINE int64_t lines_under(const images *im, int64_t t, int64_t *y) {
     int64_t start = im->first + t * im->dilation[0] - im->before[0], end = start + im->lines;
@@ -109,7 +102,7 @@ INLINE void ask_for(const float *x, const images *im) {
 }
 
 /* sums[k, channels * taps] = summed patches of each part's images; returns that of all squares. */
-MANY static double patch_sums(const float *x, const images *im, const parts *p, float *sums) {
+static double patch_sums(const float *x, const images *im, const parts *p, float *sums) {
     int64_t area = im->height * im->width, taps = im->taps[0] * im->taps[1];
     int plain = im->stride[0] == 1 && im->stride[1] == 1;
     double squares = 0;

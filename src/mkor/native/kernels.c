@@ -2,24 +2,80 @@
 
    Products of matrices stay with torch. Every function has a twin in torch operators, which serves
    all other devices and dtypes; tests/test_native.py compares the two. Arrays are dense and passed
-   as addresses; the Python files beside this one are their only callers and know their sizes. */
+   as addresses; the Python files beside this one are their only callers and know their sizes.
+
+   This file is what Python sees. loops.h and what it includes are the loops over many numbers; they
+   are compiled once for each kind of processor, by avx512.c, avx2.c and plain.c. */
 
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
-#include "calls.h"
-#include "gradients.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
 #include "layers.h"
-#include "windows.h"
+#include "version.h"
 
 typedef unsigned long long address;
+
+static const version *const versions[] = {
+#ifdef MKOR_X86
+    &mkor_avx512,
+    &mkor_avx2,
+#endif
+    &mkor_plain,
+};
+#define VERSIONS ((int)(sizeof versions / sizeof *versions))
+
+/* The one that runs: unless told otherwise, the first that this processor can. */
+static const version *run;
+
+static int can_run(const version *v) {
+#ifdef MKOR_X86
+    if (v == &mkor_avx512) return __builtin_cpu_supports("avx512f");
+    if (v == &mkor_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return 1;
+}
+
+static PyObject *none_if(int good) {
+    if (!good) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_versions(PyObject *self, PyObject *args) {
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names && i < VERSIONS; i++) {
+        if (!can_run(versions[i])) continue;
+        PyObject *name = PyUnicode_FromString(versions[i]->name);
+        if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *py_version(PyObject *self, PyObject *args) {
+    return PyUnicode_FromString(run->name);
+}
+
+static PyObject *py_use(PyObject *self, PyObject *args) {
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name)) return NULL;
+    for (int i = 0; i < VERSIONS; i++)
+        if (can_run(versions[i]) && !strcmp(versions[i]->name, name)) {
+            run = versions[i];
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "this processor has no version '%s'", name);
+}
 
 static PyObject *py_side_sums(PyObject *self, PyObject *args) {
     address s, x, sums, square;
     int side;
     if (!PyArg_ParseTuple(args, "KiKKK", &s, &side, &x, &sums, &square)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    *(float *)square = (float)side_sums((const plan *)s, side, (const float *)x, (float *)sums);
+    *(float *)square = (float)run->side_sums((const plan *)s, side, (const float *)x, (float *)sums);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -29,8 +85,7 @@ static PyObject *py_add_call(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "KKKKKK", &s, &x, &g, &a_place, &g_place, &meta)) return NULL;
     const float *const both[2] = {(const float *)x, (const float *)g};
     float *const into[2] = {(float *)a_place, (float *)g_place};
-    if (!add_call((const plan *)s, both, into, (float *)meta)) return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return none_if(run->add_call((const plan *)s, both, into, (float *)meta));
 }
 
 static PyObject *py_check(PyObject *self, PyObject *args) {
@@ -101,13 +156,10 @@ static PyObject *py_window_update(PyObject *self, PyObject *args) {
     int count = (int)PyTuple_Size(tuple);
     for (int i = 0; i < count; i++)
         if (!read_side(PyTuple_GetItem(tuple, i), &sides[i])) return NULL;
-    int64_t *work = malloc(2 * k * sizeof(int64_t));
-    if (!work) return PyErr_NoMemory();
-    update_window(B, k, r, gamma, (const uint8_t *)filled, (const uint8_t *)accept,
-                  (int64_t *)updates, (int64_t *)written, (float *)weights, sides, count, work,
-                  work + k);
-    free(work);
-    Py_RETURN_NONE;
+    int good = run->update_window(B, k, r, gamma, (const uint8_t *)filled, (const uint8_t *)accept,
+                                  (int64_t *)updates, (int64_t *)written, (float *)weights, sides,
+                                  count);
+    return none_if(good);
 }
 
 static PyObject *py_roots(PyObject *self, PyObject *args) {
@@ -116,38 +168,22 @@ static PyObject *py_roots(PyObject *self, PyObject *args) {
     address gram, weights, squares, A;
     if (!PyArg_ParseTuple(args, "LLddKKKK", &B, &r, &damping, &one, &gram, &weights, &squares, &A))
         return NULL;
-    int64_t wide = PADDED(r);
-    float *work = malloc((2 * r * wide + r) * sizeof(float));
-    if (!work) return PyErr_NoMemory();
-    for (int64_t b = 0; b < B; b++) {
-        float *out = (float *)A + b * r * r;
-        int good = root((const float *)gram + b * r * r, (const float *)weights + b * r,
-                        (float)damping * ((const float *)squares)[b], (float)one, r,
-                        work + 2 * r * wide, work, work + r * wide, out);
-        for (int64_t i = 0; !good && i < r * r; i++) out[i] = NAN;
-    }
-    free(work);
-    Py_RETURN_NONE;
+    return none_if(run->roots(B, r, (const float *)gram, (const float *)weights, (float)damping,
+                              (const float *)squares, (float)one, (float *)A));
 }
 
 static PyObject *py_remove_rows(PyObject *self, PyObject *args) {
     long long B, r, d;
     address U, b;
     if (!PyArg_ParseTuple(args, "LLLKK", &B, &r, &d, &U, &b)) return NULL;
-    float *x = malloc(r * sizeof(float));
-    if (!x) return PyErr_NoMemory();
-    for (int64_t i = 0; i < B; i++)
-        remove_rows((const float *)U + i * r * d, r, d, x, (float *)b + i * d);
-    free(x);
-    Py_RETURN_NONE;
+    return none_if(run->remove_rows(B, r, d, (const float *)U, (float *)b));
 }
 
 static PyObject *py_remove_bias(PyObject *self, PyObject *args) {
     long long B, r, d;
     address u, Y, b;
     if (!PyArg_ParseTuple(args, "LLLKKK", &B, &r, &d, &u, &Y, &b)) return NULL;
-    for (int64_t i = 0; i < B; i++)
-        remove_bias((const float *)u + i * r, r, d, (float *)Y + i * d * r, (float *)b + i * d);
+    run->remove_bias(B, r, d, (const float *)u, (float *)Y, (float *)b);
     Py_RETURN_NONE;
 }
 
@@ -169,7 +205,7 @@ static PyObject *py_gather(PyObject *self, PyObject *args) {
         return NULL;
     s.W = (float *)W, s.b = (float *)b;
     if (!(s.home = read_homes(homes))) return NULL;
-    gather(&s, (float *)norm);
+    run->gather(&s, (float *)norm);
     free(s.home);
     Py_RETURN_NONE;
 }
@@ -182,7 +218,7 @@ static PyObject *py_scatter(PyObject *self, PyObject *args) {
         return NULL;
     s.W = (float *)W, s.b = (float *)b;
     if (!(s.home = read_homes(homes))) return NULL;
-    scatter(&s, (const float *)ratio);
+    run->scatter(&s, (const float *)ratio);
     free(s.home);
     Py_RETURN_NONE;
 }
@@ -192,7 +228,7 @@ static PyObject *py_joint_norms(PyObject *self, PyObject *args) {
     address W, b, norm;
     if (!PyArg_ParseTuple(args, "LLLKKK", &s.B, &s.n, &s.m, &W, &b, &norm)) return NULL;
     s.W = (float *)W, s.b = (float *)b;
-    joint_norms(&s, (float *)norm);
+    run->joint_norms(&s, (float *)norm);
     Py_RETURN_NONE;
 }
 
@@ -200,10 +236,13 @@ static PyObject *py_finite(PyObject *self, PyObject *args) {
     address x;
     long long n;
     if (!PyArg_ParseTuple(args, "KL", &x, &n)) return NULL;
-    return PyBool_FromLong(isfinite(sum((const float *)x, n)));
+    return PyBool_FromLong(isfinite(run->sum((const float *)x, n)));
 }
 
 static PyMethodDef methods[] = {
+    {"versions", py_versions, METH_NOARGS, "Names of what this processor can run, best first."},
+    {"version", py_version, METH_NOARGS, "The one that runs."},
+    {"use", py_use, METH_VARARGS, "Run another."},
     {"side_sums", py_side_sums, METH_VARARGS, "Sums of the parts of a side, and of all squares."},
     {"add_call", py_add_call, METH_VARARGS, "Add the sums of a call's inputs and gradients."},
     {"gather", py_gather, METH_VARARGS, "Small gradients side by side."},
@@ -223,4 +262,8 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods};
 
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__kernels(void) {
+    for (int i = 0; !run; i++)
+        if (can_run(versions[i])) run = versions[i];
+    return PyModule_Create(&module);
+}

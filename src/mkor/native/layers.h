@@ -4,10 +4,8 @@
 #define MKOR_LAYERS_H
 
 #include <math.h>
-#include <stdint.h>
 
-/* Numbers that lead a layer's counts: squares of a and of g, rows of the whole step. */
-#define META 3
+#include "types.h"
 
 /* Which of the layers in meta [N, width] had data, whose squares and gradients are finite, and
    whether any layer's are not. */

@@ -9,19 +9,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["addresses", "in_use", "kernels", "pays", "serves"]
+__all__ = ["addresses", "in_use", "kernels", "pays", "serves", "version"]
 
 ONE_THREAD = 1 << 20
 """Numbers that one thread reads in less time than it takes to wake others."""
 
 
 def _load() -> ModuleType | None:
-    if os.environ.get("MKOR_NATIVE", "1") == "0":
+    asked = os.environ.get("MKOR_NATIVE", "1")
+    if asked == "0":
         return None
     try:
-        return importlib.import_module("mkor.native._kernels")
+        module = importlib.import_module("mkor.native._kernels")
     except ImportError:
-        return None
+        module = None
+    if asked == "1":
+        return module
+    versions = [] if module is None else module.versions()
+    if module is None or asked not in versions:
+        known = ", ".join(["0 (none)", "1 (the best there is)", *versions])
+        raise ValueError(f"MKOR_NATIVE={asked!r} is not possible here: set one of {known}")
+    module.use(asked)
+    return module
 
 
 _kernels = _load()
@@ -34,6 +43,15 @@ def in_use() -> bool:
         False where torch's operators do everything.
     """
     return _kernels is not None
+
+
+def version() -> str | None:
+    """For which processors the loops that run were compiled.
+
+    Returns:
+        ``"avx512"``, ``"avx2"`` or ``"plain"``; None where torch's operators do everything.
+    """
+    return None if _kernels is None else _kernels.version()
 
 
 def serves(*tensors: Tensor) -> bool:

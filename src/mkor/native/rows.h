@@ -44,11 +44,6 @@ INLINE float add_row(const float *x, int64_t d, float *sum) {
     return squares;
 }
 
-/* Part j has size + (j < extra) samples of unit rows each, from offset + j stride + min(j, extra). */
-typedef struct {
-    long long k, size, stride, offset, extra, unit;
-} parts;
-
 INLINE int64_t rows_of(const parts *p, int64_t j) { return (p->size + (j < p->extra)) * p->unit; }
 
 INLINE int64_t start_of(const parts *p, int64_t j) {
@@ -56,7 +51,7 @@ INLINE int64_t start_of(const parts *p, int64_t j) {
 }
 
 /* sums[k, d] = the sum of each part's rows; returns that of the squares of all their entries. */
-MANY static double row_sums(const float *x, int64_t d, const parts *p, float *sums) {
+static double row_sums(const float *x, int64_t d, const parts *p, float *sums) {
     double squares = 0;
     for (int64_t j = 0; j < p->k; j++) {
         int64_t start = start_of(p, j), rows = rows_of(p, j);

@@ -1,37 +1,31 @@
-/* Vectors of floats, and a version of a function for each kind of processor. */
+/* Vectors of floats. */
 
 #ifndef MKOR_VECTORS_H
 #define MKOR_VECTORS_H
 
-#include <stdint.h>
+#include "types.h"
 
 #if !defined(__GNUC__)
 #error "written with the vector extensions of GCC and Clang"
 #endif
 
-/* One version for any processor of this kind, others for those that can do more. */
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
-#define MANY __attribute__((target_clones("avx512f", "fma", "default")))
-#else
-#define MANY
-#endif
-
-#define LANES 16
+/* LANES floats are as many as a register of the processor holds: compilers that must divide vectors
+   keep the pieces in memory. */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
-typedef float quarter __attribute__((vector_size(LANES), aligned(4), may_alias));
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
 #define LOAD(p) (*(const vec *)(p))
 #define STORE(p) (*(vec *)(p))
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float total(const vec *v) {
-    const half *h = (const half *)v, sum = h[0] + h[1];
-    const quarter *q = (const quarter *)&sum, four = q[0] + q[1];
-    return (four[0] + four[1]) + (four[2] + four[3]);
+    const four *q = (const four *)v;
+    four sum = q[0];
+    for (int i = 1; i < LANES / 4; i++) sum += q[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-MANY static float sum(const float *x, int64_t n) {
+static float sum(const float *x, int64_t n) {
     vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
     int64_t i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES) {

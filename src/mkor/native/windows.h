@@ -5,6 +5,7 @@
 #define MKOR_WINDOWS_H
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "vectors.h"
@@ -33,7 +34,7 @@ INLINE void four_products(const float *ring, int64_t r, int64_t d, const int64_t
     }
 }
 
-MANY static void write_ring(const float *vectors, const int64_t *slots, const int64_t *places,
+static void write_ring(const float *vectors, const int64_t *slots, const int64_t *places,
                             int64_t n, int64_t r, int64_t d, float *ring, float *gram) {
     for (int64_t j = 0; j < n; j++)
         memcpy(ring + places[j] * d, vectors + slots[j] * d, d * sizeof(float));
@@ -41,19 +42,13 @@ MANY static void write_ring(const float *vectors, const int64_t *slots, const in
         four_products(ring, r, d, places + j, n - j < 4 ? n - j : 4, gram);
 }
 
-/* One side of a batch of windows: vectors [B, k, d] and mean squares [B] that come; ring [B, r, d],
-   gram [B, r, r] and running mean squares [B] that they change. */
-typedef struct {
-    int64_t d;
-    const float *vectors, *square;
-    float *ring, *gram, *average;
-} side;
-
 /* Ages each layer's window and writes its new vectors; layers that do not accept stay as they are.
-   filled [B, k], weights [B, r]; slots and places [k] are for work. */
-static void update_window(int64_t B, int64_t k, int64_t r, double gamma, const uint8_t *filled,
+   filled [B, k], weights [B, r]. Returns whether there was memory. */
+static int update_window(int64_t B, int64_t k, int64_t r, double gamma, const uint8_t *filled,
                           const uint8_t *accept, int64_t *updates, int64_t *written, float *weights,
-                          const side *sides, int count, int64_t *slots, int64_t *places) {
+                          const side *sides, int count) {
+    int64_t *slots = malloc(2 * k * sizeof(int64_t)), *places = slots + k;
+    if (!slots) return 0;
     for (int64_t b = 0; b < B; b++) {
         if (!accept[b]) continue;
         int64_t made = 0;
@@ -74,6 +69,8 @@ static void update_window(int64_t B, int64_t k, int64_t r, double gamma, const u
         written[b] += made;
         updates[b]++;
     }
+    free(slots);
+    return 1;
 }
 
 /* Columns are worked on in blocks that stay in registers. */
@@ -101,7 +98,7 @@ INLINE void subtract(float *row, const float *factors, int64_t apart, int64_t fr
 
 /* A = K^-1 diag(s) for K K^T = I + diag(s) (gram + one) diag(s), s_i = sqrt(w_i / lambda); returns
    whether that is possible. T and X [r, PADDED(r)] hold K^T and K^-1. */
-MANY static int root(const float *gram, const float *weights, float lambda, float one, int64_t r,
+static int root(const float *gram, const float *weights, float lambda, float one, int64_t r,
                      float *s, float *T, float *X, float *A) {
     int64_t wide = PADDED(r);
     for (int64_t i = 0; i < r; i++) s[i] = lambda > 0 ? sqrtf(weights[i] / lambda) : 0;
@@ -127,20 +124,43 @@ MANY static int root(const float *gram, const float *weights, float lambda, floa
     return 1;
 }
 
-/* b[d] -= U^T (U b) for U [r, d]. */
-MANY static void remove_rows(const float *U, int64_t r, int64_t d, float *x, float *b) {
-    for (int64_t i = 0; i < r; i++) x[i] = dot(U + i * d, b, d);
-    for (int64_t i = 0; i < r; i++)
-        for (int64_t c = 0; c < d; c++) b[c] -= x[i] * U[i * d + c];
+/* The same for B layers with mean squares lambda / damping; A [B, r, r] is NaN where it is not
+   possible. Returns whether there was memory. */
+static int roots(int64_t B, int64_t r, const float *gram, const float *weights, float damping,
+                 const float *squares, float one, float *A) {
+    int64_t wide = PADDED(r);
+    float *work = malloc((2 * r * wide + r) * sizeof(float));
+    if (!work) return 0;
+    for (int64_t b = 0; b < B; b++, gram += r * r, weights += r, A += r * r) {
+        int good = root(gram, weights, damping * squares[b], one, r, work + 2 * r * wide, work,
+                        work + r * wide, A);
+        for (int64_t i = 0; !good && i < r * r; i++) A[i] = NAN;
+    }
+    free(work);
+    return 1;
 }
 
-/* Y[d, r] += b u^T, then b[d] -= Y u. */
-MANY static void remove_bias(const float *u, int64_t r, int64_t d, float *Y, float *b) {
-    for (int64_t i = 0; i < d; i++) {
-        float *restrict y = Y + i * r, entry = b[i];
-        for (int64_t c = 0; c < r; c++) y[c] += entry * u[c];
-        b[i] -= dot(y, u, r);
+/* b [B, d] -= U^T (U b) for U [B, r, d]. Returns whether there was memory. */
+static int remove_rows(int64_t B, int64_t r, int64_t d, const float *U, float *b) {
+    float *x = malloc(r * sizeof(float));
+    if (!x) return 0;
+    for (; B > 0; B--, U += r * d, b += d) {
+        for (int64_t i = 0; i < r; i++) x[i] = dot(U + i * d, b, d);
+        for (int64_t i = 0; i < r; i++)
+            for (int64_t c = 0; c < d; c++) b[c] -= x[i] * U[i * d + c];
     }
+    free(x);
+    return 1;
+}
+
+/* Y [B, d, r] += b u^T, then b [B, d] -= Y u. */
+static void remove_bias(int64_t B, int64_t r, int64_t d, const float *u, float *Y, float *b) {
+    for (; B > 0; B--, u += r, b += d)
+        for (int64_t i = 0; i < d; i++, Y += r) {
+            float entry = b[i];
+            for (int64_t c = 0; c < r; c++) Y[c] += entry * u[c];
+            b[i] -= dot(Y, u, r);
+        }
 }
 
 #endif
