@@ -25,5 +25,5 @@ clean:
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/mkor/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -40,10 +40,12 @@ def version(request):
     kernels.use(before)
 
 
+in_use = pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
+
+
 def compiled(test):
     """Run a test with every version of the kernels."""
-    skip = pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
-    return skip(pytest.mark.usefixtures("version")(test))
+    return in_use(pytest.mark.usefixtures("version")(test))
 
 
 @pytest.fixture
@@ -407,7 +409,7 @@ RUNS = {
 }
 
 
-@compiled
+@in_use
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("make", [Net, plain])
 @pytest.mark.parametrize("bias", [True, False])
@@ -485,7 +487,7 @@ def test_gradients_without_memory():
     assert not model[0].weight.grad.any()
 
 
-@pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
+@in_use
 def test_the_best_version_runs(monkeypatch):
     monkeypatch.delenv("MKOR_NATIVE", raising=False)
     code = "from mkor import native; print(native.version())"
