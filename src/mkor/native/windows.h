@@ -35,7 +35,7 @@ INLINE void four_products(const float *ring, int64_t r, int64_t d, const int64_t
 }
 
 static void write_ring(const float *vectors, const int64_t *slots, const int64_t *places,
-                            int64_t n, int64_t r, int64_t d, float *ring, float *gram) {
+                       int64_t n, int64_t r, int64_t d, float *ring, float *gram) {
     for (int64_t j = 0; j < n; j++)
         memcpy(ring + places[j] * d, vectors + slots[j] * d, d * sizeof(float));
     for (int64_t j = 0; j < n; j += 4)
@@ -45,8 +45,8 @@ static void write_ring(const float *vectors, const int64_t *slots, const int64_t
 /* Ages each layer's window and writes its new vectors; layers that do not accept stay as they are.
    filled [B, k], weights [B, r]. Returns whether there was memory. */
 static int update_window(int64_t B, int64_t k, int64_t r, double gamma, const uint8_t *filled,
-                          const uint8_t *accept, int64_t *updates, int64_t *written, float *weights,
-                          const side *sides, int count) {
+                         const uint8_t *accept, int64_t *updates, int64_t *written, float *weights,
+                         const side *sides, int count) {
     int64_t *slots = malloc(2 * k * sizeof(int64_t)), *places = slots + k;
     if (!slots) return 0;
     for (int64_t b = 0; b < B; b++) {
@@ -99,7 +99,7 @@ INLINE void subtract(float *row, const float *factors, int64_t apart, int64_t fr
 /* A = K^-1 diag(s) for K K^T = I + diag(s) (gram + one) diag(s), s_i = sqrt(w_i / lambda); returns
    whether that is possible. T and X [r, PADDED(r)] hold K^T and K^-1. */
 static int root(const float *gram, const float *weights, float lambda, float one, int64_t r,
-                     float *s, float *T, float *X, float *A) {
+                float *s, float *T, float *X, float *A) {
     int64_t wide = PADDED(r);
     for (int64_t i = 0; i < r; i++) s[i] = lambda > 0 ? sqrtf(weights[i] / lambda) : 0;
     memset(X, 0, r * wide * sizeof(float));
