@@ -23,6 +23,7 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) demo
 
+# Compiling all that is installed takes as long as installing it; Python compiles what it imports.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/mkor/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -11,18 +11,19 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from processor import Times, Work, in_turn, nothing
+from processor import Times, Work, in_turn, microseconds, nothing
 from torch import nn
 
 from mkor import linalg, native
 from mkor.bench.arguments import whole
+from mkor.bench.errors import UsageError
 from mkor.bench.files import FORMAT, write_record
 from mkor.bench.machine import environment
+from mkor.bench.places import prepare_folder
 from mkor.bench.tables import print_table
 from mkor.curvature.contract import BatchShape, Statistics
 from mkor.curvature.window import Window
@@ -96,24 +97,26 @@ def measured(width: int, rounds: int) -> dict[str, Times]:
 
 
 def show(kernels: Mapping[str, Times]) -> None:
-    """A table of microseconds."""
-
-    def text(times: Sequence[float]) -> str:
-        return f"{1e6 * times[1]:.1f} ({1e6 * times[0]:.1f}-{1e6 * times[2]:.1f})"
-
+    """A table."""
     heads = list(next(iter(kernels.values())))
-    rows = [[name, *(text(times[head]) for head in heads)] for name, times in kernels.items()]
+    rows = [
+        [name, *(microseconds(times[head]) for head in heads)] for name, times in kernels.items()
+    ]
     print_table(["us", *heads], rows, sys.stdout)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kernels", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="kernels.json")
+    parser.add_argument("--out", required=True, metavar="DIR", help="kernels.json")
     parser.add_argument("--rounds", type=whole(3), default=300, metavar="N")
     parser.add_argument("--width", type=whole(16), default=512, metavar="N")
     arguments = parser.parse_args(words)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "kernels.json"
+    try:
+        out = prepare_folder(arguments.out)
+    except UsageError as error:
+        parser.error(str(error))
+    assert out is not None
+    path = out / "kernels.json"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     record: dict[str, Any] = {

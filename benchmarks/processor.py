@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mkor.bench.arguments import whole
+from mkor.bench.errors import UsageError
 from mkor.bench.files import FORMAT, write_record
 from mkor.bench.machine import environment
 from mkor.bench.memory import keep_memory
+from mkor.bench.places import prepare_folder
 from mkor.bench.tables import print_table
 from mkor.bench.timing import quartiles
 
@@ -113,12 +114,16 @@ def after(rows: int, width: int, rounds: int) -> Times:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="processor", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="processor.json")
+    parser.add_argument("--out", required=True, metavar="DIR", help="processor.json")
     parser.add_argument("--rounds", type=whole(3), default=40, metavar="N")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see whether it works")
     arguments = parser.parse_args(words)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "processor.json"
+    try:
+        out = prepare_folder(arguments.out)
+    except UsageError as error:
+        parser.error(str(error))
+    assert out is not None
+    path = out / "processor.json"
     torch.set_num_threads(1)
     keep_memory()
     width, rows = (TINY, TINY) if arguments.tiny else (WIDTH, ROWS)
@@ -139,21 +144,25 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
+def microseconds(times: Sequence[float]) -> str:
+    """The median of seconds, and the quartiles."""
+    low, median, high = (f"{1e6 * time:.1f}" for time in times)
+    return f"{median} ({low}-{high})"
+
+
 def show(record: Mapping[str, Any]) -> None:
     """Three tables."""
-
-    def text(times: Sequence[float]) -> str:
-        return f"{1e6 * times[1]:.1f} ({1e6 * times[0]:.1f}-{1e6 * times[2]:.1f})"
-
     heads = ["operator", "us in a loop", "us after a product"]
     found = record["operators"]
-    rows = [[each["operator"], text(each["in_a_loop"]), text(each["after"])] for each in found]
+    rows = [
+        [each["operator"], *map(microseconds, (each["in_a_loop"], each["after"]))] for each in found
+    ]
     print_table(heads, rows, sys.stdout)
     heads = ["width", f"speed of {WINDOW} rows over a large product's"]
     rows = [[str(each["width"]), f"{each['speed']:.2f}"] for each in record["products"]]
     print_table(heads, rows, sys.stdout)
     heads = ["just before a large product", "us of the product"]
-    rows = [[name, text(times)] for name, times in record["product_after"].items()]
+    rows = [[name, microseconds(times)] for name, times in record["product_after"].items()]
     print_table(heads, rows, sys.stdout)
 
 

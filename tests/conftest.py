@@ -32,8 +32,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _fresh_torch():
     """Every test starts from the same seed and leaves no default dtype behind."""
-    # As `manual_seed`, which notes a traceback for every kind of device that is not there.
-    torch.default_generator.manual_seed(0)
+    torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)

@@ -28,3 +28,10 @@ def test_each_runs_what_it_says(version):
     with pytest.raises(ZeroDivisionError):
         kernels.run_as(version, lambda: 1 / 0)
     assert native.version() == before
+
+
+def test_a_place_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main(["--out", str(tmp_path / "file")])
+    assert "--out" in capsys.readouterr().err

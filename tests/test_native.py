@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -40,6 +41,8 @@ def version(request):
     kernels.use(before)
 
 
+COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
+"""What extensions are built with."""
 in_use = pytest.mark.skipif(not native.in_use(), reason="the kernels were not compiled")
 
 
@@ -494,7 +497,7 @@ def test_the_best_version_runs(monkeypatch):
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == f"{VERSIONS[0]}\n"
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+@pytest.mark.skipif(not shutil.which(COMPILER), reason="there is no C compiler")
 @pytest.mark.skipif(os.environ.get("MKOR_NATIVE") == "0", reason="the kernels are switched off")
 def test_kernels_were_compiled():
     """A build that failed would go unnoticed: the package works without."""

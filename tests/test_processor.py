@@ -29,3 +29,10 @@ def test_only_the_second_of_a_pair_is_timed(monkeypatch):
     pairs = {"a": (lambda: order.append("before"), lambda: order.append("work"))}
     assert processor.in_turn(pairs, 3) == {"a": (1.0, 1.0, 1.0)}
     assert order == ["before", "work"] * 5
+
+
+def test_a_place_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        processor.main(["--out", str(tmp_path / "file")])
+    assert "--out" in capsys.readouterr().err
