@@ -113,10 +113,10 @@ def transformer(width: int, depth: int, batch: int, *runs: Run, asked_for: bool 
 
 # KFAC inverts in steps 0 and 10: after 5 untimed steps, 6 rounds are the fewest that show it.
 ALL = (
-    mlp(512, 4096, bars_run(40, 38), others(MLPS_OWN, 10, 90)),
-    mlp(1024, 4096, bars_run(30, 96), others(MLPS_OWN, 6, 230, profiled=1)),
-    mlp(256, 4096, bars_run(60, 22), others(MLPS_OWN, 20, 46)),
-    mlp(512, 1024, bars_run(60, 19), others(MLPS_OWN, 20, 48)),
+    mlp(512, 4096, bars_run(120, 80), others(MLPS_OWN, 10, 90)),
+    mlp(1024, 4096, bars_run(40, 120), others(MLPS_OWN, 6, 230, profiled=1)),
+    mlp(256, 4096, bars_run(240, 55), others(MLPS_OWN, 20, 46)),
+    mlp(512, 1024, bars_run(240, 50), others(MLPS_OWN, 20, 48)),
     mlp(
         64,
         64,
