@@ -132,14 +132,16 @@ def costs_table(costs: Costs) -> str:
                 number(timing_["wall_ratio"]) if measured else "",
                 bytes_text(timing_["state_bytes"]),
                 f"{timing_['extra_memory']:.2%}",
+                bytes_text(timing_["buffer_bytes"]),
                 bytes_text(counts["peak_bytes"]) if measured else "",
                 f"{counts['operators']:,.0f}" if measured else "",
+                f"{counts['own_calls']:,.0f}" if measured else "",
                 f"{counts['allocations']:,.0f}" if measured else "",
             )
         )
     headers = (
         "contestant", "rounds", "CPU ms", "ratio (quartiles)", "over a cycle", "wall ratio",
-        "state", "extra memory", "peak memory", "calls", "allocations",
+        "state", "extra memory", "buffers", "peak memory", "calls", "own kernels", "allocations",
     )  # fmt: skip
     return table(headers, rows)
 
@@ -225,13 +227,15 @@ every so many steps, made of the medians of the rounds with that work and of tho
 *computed* contestants were not run, they are other weights of the same two medians. SOAP decomposes
 every {SOAP_PERIOD} steps, as it does by default, and is compared so; *SOAP at every step* would do
 so in each. *Extra memory*: state beyond
-AdamW's over weights, gradients and AdamW's state. *Peak memory*: activations, gradients and
-temporaries of an iteration. *Calls*: of operators, from Python and the backward pass; the
-package's own kernels are not among them;
-*allocations*: pieces of memory taken; both in the profiled iterations, which may be none of those
-with rare work. *Near*: the larger bound, of bytes or operations, over the measured time. The bars
-are about each row's first run, of AdamW and MKOR over it alone; comparisons are made within the
-second."""
+AdamW's over weights, gradients and AdamW's state; *buffers*: what else stays, where a step's
+statistics are summed. *Peak memory*: activations, gradients and
+temporaries of an iteration. *Calls*: of operators, from Python and the backward pass; *own
+kernels*: calls of the package's kernels, which are no operators; *allocations*: pieces of memory
+taken, but for what a kernel takes and gives back within its call; all in the profiled iterations,
+which may be none of those with rare work. *Near*: the larger bound, of bytes or operations, over
+the measured time. The bars are about each row's first run, of AdamW and MKOR over it alone;
+comparisons are made within the second. The C library is asked to keep memory that is freed, which
+saves all contestants from asking the system for it in every iteration."""
 
 
 def page(everything: Sequence[Costs], command: str, *, tiny: bool) -> str:

@@ -37,6 +37,7 @@ from matplotlib.figure import Figure
 from mkor.bench.contestants import parse_contestant
 from mkor.bench.optimizers import base_defaults, check_names
 from mkor.bench.overhead_models import MODELS, model_subject
+from mkor.bench.tables import bytes_text
 from mkor.bench.worker import Worker
 
 FILE = Path(costs.__file__)
@@ -69,6 +70,7 @@ def timing_of(label: str, ratio: Ratio, rounds: int, warmup: int, extra: float) 
         "wall_ratio": usual,
         "state_bytes": 2_500_000,
         "extra_memory": extra,
+        "buffer_bytes": 200_000,
         "parts_ms": {"step": 1.0},
         "cpu_samples": samples,
         "wall_samples": samples,
@@ -78,6 +80,7 @@ def timing_of(label: str, ratio: Ratio, rounds: int, warmup: int, extra: float) 
             "operators": 1234.0,
             "operators_in": {},
             "kernels": 0.0,
+            "own_calls": 12.0,
             "allocations": 567.0,
             "allocated_bytes": 8e6,
             "peak_bytes": 7e6,
@@ -647,7 +650,9 @@ def test_a_row_from_its_process_to_the_page(
     assert "A trial at tiny sizes" in page
     (cells,) = cells_of(page, "memory", "`mkor[factor_dtype")
     assert cells[7] == f"{half['extra_memory']:.2%}"
-    assert cells[9] == f"{half['counts']['operators']:,.0f}"
+    assert cells[8] == bytes_text(half["buffer_bytes"])
+    assert cells[10] == f"{half['counts']['operators']:,.0f}"
+    assert cells[11] == f"{half['counts']['own_calls']:,.0f}"
     assert [line[0] for line in cells_of(page, "memory", "") if len(line) == 9][2:] == [
         limit["part"].removeprefix("mkor.") for limit in record["limits"]["mkor+adamw"]
     ]

@@ -14,9 +14,7 @@ from mkor.diagnostics import gather
 from mkor.lifecycle import Lifecycle
 from mkor.profiling import span
 from mkor.step.application import Stage, measure, precondition
-from mkor.step.batches import Batch
 from mkor.step.clipping import clip_kl, gradients_finite
-from mkor.step.gradients import Gradients
 from mkor.step.learning import learn
 
 __all__ = ["Preconditioner"]
@@ -51,8 +49,12 @@ class Preconditioner(Lifecycle):
             for batch in watch.batches:
                 batch.read(watch.reduction.totals)
             watch.check_captures()
-        with span("mkor.update"):
-            gradients = self._update(due)
+        with span("mkor.measure"):
+            gradients = measure(watch.batches)
+        if due:
+            with span("mkor.update"):
+                scale = 1.0 / (self.loss_scale * self.communicator.world_size)
+                learn(watch.batches, scale, self.updates, self._inverting, watch.assignment)
         with span("mkor.precondition"):
             stage = Stage(due, options.rescale, compare=options.kl_clip is not None)
             precondition(gradients, stage, watch.assignment)
@@ -111,13 +113,10 @@ class Preconditioner(Lifecycle):
         """Drop what was captured since the last step."""
         self._watch.forget()
 
-    def _update(self, due: bool) -> dict[Batch, list[Gradients]]:
-        batches = self._watch.batches
-        gradients = measure(batches)
-        if due:
-            scale = 1.0 / (self.loss_scale * self.communicator.world_size)
-            learn(batches, scale, self.updates, self._inverting, self._watch.assignment)
-        return gradients
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory beside the factors: where a step's sums are captured."""
+        return sum(buffer.nbytes for buffer in self._watch.reduction.buffers)
 
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from mkor import native
+from mkor.native import loading
 
 PARTS = (
     "forward",
@@ -18,6 +22,7 @@ PARTS = (
     "step",
     "mkor.capture",
     "mkor.reduce",
+    "mkor.measure",
     "mkor.update",
     "mkor.precondition",
     "mkor.base_step",
@@ -50,6 +55,7 @@ class Counts:
         operators: Calls of operators, those that operators make of each other not counted.
         operators_in: The same by part; what runs in no part is counted in none.
         kernels: Kernels run on a GPU.
+        own_calls: Calls of the package's own kernels on a CPU, which are no operators.
         allocations: Pieces of memory taken.
         allocated_bytes: Their sum.
         peak_bytes: The most that was taken at a time beyond what was there before the iteration:
@@ -60,6 +66,7 @@ class Counts:
     operators: float
     operators_in: dict[str, float]
     kernels: float
+    own_calls: float
     allocations: float
     allocated_bytes: float
     peak_bytes: float
@@ -78,6 +85,7 @@ class Profile:
         own: Microseconds in each operator itself.
         calls: Calls of each operator, nested ones too.
         kernels: Kernels run on a GPU.
+        own_calls: Calls of the package's own kernels.
         memory: Bytes taken (positive) and given back, in their order.
     """
 
@@ -88,6 +96,7 @@ class Profile:
     own: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     kernels: int = 0
+    own_calls: int = 0
     memory: list[int] = field(default_factory=list)
 
     def cpu_parts(self) -> dict[str, float]:
@@ -113,10 +122,14 @@ def profile_once(work: Callable[[], object], device: str) -> Profile:
     """
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with (
+        _counted() as own,
+        profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
+    ):
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         found = Profile(time.process_time() - cpu, time.perf_counter() - wall)
+    found.own_calls = own.calls
     for event in profiler.events() or ():
         _note(found, event)
     results: Any = profiler.profiler
@@ -127,10 +140,35 @@ def profile_once(work: Callable[[], object], device: str) -> Profile:
     return found
 
 
+class _Own:
+    """The package's own kernels, as they are; counts how often one is taken."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.calls = 0
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self._kernels, name)
+
+
+@contextmanager
+def _counted() -> Iterator[_Own]:
+    """Count calls of the package's own kernels, if they are in use."""
+    own, before = _Own(loading._kernels), loading._kernels
+    loading._kernels = cast(Any, own) if native.in_use() else None
+    try:
+        yield own
+    finally:
+        loading._kernels = before
+
+
 def _note(found: Profile, event: Any) -> None:
     """Adds an event to a profile."""
     if event.device_type == DeviceType.CUDA:
-        found.kernels += not event.name.startswith(("Memcpy", "Memset"))
+        # Ranges that the program names are shown on the device, too.
+        named = event.is_user_annotation or event.name in PARTS
+        found.kernels += not (named or event.name.startswith(("Memcpy", "Memset")))
         return
     if event.name in PARTS:
         found.parts[event.name] = found.parts.get(event.name, 0.0) + 1e-6 * event.cpu_time_total
@@ -216,6 +254,7 @@ def summarize_counts(profiles: Sequence[Profile]) -> Counts:
         operators=operators.total() / n,
         operators_in={part: operators[part] / n for part in PARTS if operators[part]},
         kernels=sum(each.kernels for each in profiles) / n,
+        own_calls=sum(each.own_calls for each in profiles) / n,
         allocations=len(taken) / n,
         allocated_bytes=sum(taken) / n,
         peak_bytes=sum(peak_of(each.memory) for each in profiles) / n,

@@ -230,14 +230,15 @@ def least_work(worker: Worker, base: Worker) -> dict[str, tuple[float, float]]:
         base: One with its base alone.
 
     Returns:
-        Both by part. Capture reads the chosen rows and leaves `k` vectors a side; an update reads
-        those, writes them to the window and multiplies them with it; preconditioning factors an
-        `r x r` matrix a side, whitens the window, and takes `4 r d_out d_in` operations a side; the
-        base reads and writes its state and the weights, and reads the gradients.
+        Both by part. Capture reads the chosen rows and leaves `k` vectors a side; the gradients
+        are read for their norms; an update reads the vectors, writes them to the window and
+        multiplies them with it; preconditioning factors an `r x r` matrix a side, whitens the
+        window, and takes `4 r d_out d_in` operations a side; the base reads and writes its state
+        and the weights, and reads the gradients.
     """
     optimizer: Any = worker.optimizer
     k, sides = optimizer.curvature.vectors, _sides(optimizer)
-    capture = update = precondition = update_work = work = 0.0
+    capture = measure = update = precondition = update_work = work = 0.0
     for layer in layers_of(worker):
         r = layer.rank
         for width in _widths(layer, sides):
@@ -248,11 +249,14 @@ def least_work(worker: Worker, base: Worker) -> dict[str, tuple[float, float]]:
             precondition += window + r * r * FLOAT
             work += 2 * r**3 / 3 + 2 * r * r * width
             work += 4 * r * layer.d_out * (layer.d_in + layer.bias)
-        precondition += 2 * layer.d_out * (layer.d_in + layer.bias) * FLOAT
+        gradient = layer.d_out * (layer.d_in + layer.bias) * FLOAT
+        measure += gradient
+        precondition += 2 * gradient
     weights = base.model_bytes() / 2
     stepped = 3 * weights + 2 * state_bytes(base.optimizer)
     return {
         "mkor.capture": (capture, 0.0),
+        "mkor.measure": (measure, 0.0),
         "mkor.update": (update, update_work),
         "mkor.precondition": (precondition, work),
         "mkor.base_step": (stepped, 0.0),

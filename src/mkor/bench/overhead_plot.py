@@ -10,7 +10,7 @@ from .timing import Timing
 from .worker import Subject
 
 WIDTH, ROW, FRAME = 9.0, 0.42, 1.5
-OWN = ("mkor.reduce", "mkor.update", "mkor.precondition")
+OWN = ("mkor.reduce", "mkor.measure", "mkor.update", "mkor.precondition")
 # Without capture, which is part of the first two; the base's is what is left of the step.
 PIECES = ("forward", "backward", *OWN, "base")
 

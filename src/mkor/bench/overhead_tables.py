@@ -31,7 +31,8 @@ def print_ratios(timings: Sequence[Timing], stream: TextIO) -> None:
         timings: The first is the base's.
         stream: Where they go.
     """
-    headers = ("contestant", "ms", "ratio", "quartiles", "mean", "wall", "state", "extra memory")
+    times = ("ms", "ratio", "quartiles", "mean", "wall")
+    headers = ("contestant", *times, "state", "extra memory", "buffers")
     rows = [
         (
             timing.contestant,
@@ -42,6 +43,7 @@ def print_ratios(timings: Sequence[Timing], stream: TextIO) -> None:
             f"{timing.wall_ratio:.3f}x",
             bytes_text(timing.state_bytes),
             f"{timing.extra_memory:.2%}",
+            bytes_text(timing.buffer_bytes),
         )
         for timing in timings
     ]
@@ -50,7 +52,8 @@ def print_ratios(timings: Sequence[Timing], stream: TextIO) -> None:
         f"\nCPU time of a training iteration; ratios to {timings[0].contestant}, median over "
         "rounds\n(on a GPU of wall times); mean: of all rounds, periodic work included; wall: "
         "ratio of wall times;\nextra memory: state beyond the base's, over its weights, gradients "
-        "and state;\nmkor-h is timed after its switch\n",
+        "and state;\nbuffers: what else stays, where a step's statistics are summed; mkor-h is "
+        "timed after its switch\n",
         file=stream,
     )
 
@@ -63,11 +66,13 @@ def print_counts(timings: Sequence[Timing], stream: TextIO) -> None:
         stream: Where they go.
     """
     gpu = any(timing.counts.kernels for timing in timings)
-    headers = ("an iteration's", "operator calls", "allocations", "their sum", "peak memory")
+    calls = ("operator calls", "own kernels")
+    headers = ("an iteration's", *calls, "allocations", "their sum", "peak memory")
     rows = [
         (
             timing.contestant,
             f"{timing.counts.operators:.0f}",
+            f"{timing.counts.own_calls:.0f}",
             f"{timing.counts.allocations:.0f}",
             bytes_text(timing.counts.allocated_bytes),
             bytes_text(timing.counts.peak_bytes),
@@ -78,9 +83,9 @@ def print_counts(timings: Sequence[Timing], stream: TextIO) -> None:
     ]
     print_table((*headers, "page faults", *(["kernels"] if gpu else [])), rows, stream)
     print(
-        "\noperators called from Python and from the backward pass, not from other operators; the "
-        "package's own\nkernels are no operators; peak memory: activations, gradients and "
-        "temporaries, beyond what\nstays from iteration to iteration\n",
+        "\noperators called from Python and from the backward pass, not from other operators; own "
+        "kernels:\ncalls of those of this package, on a CPU; peak memory: activations, gradients "
+        "and temporaries,\nbeyond what stays from iteration to iteration\n",
         file=stream,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .overhead_counts import PARTS, Counts, summarize_counts
-from .training import state_bytes
+from .training import buffer_bytes, state_bytes
 from .worker import Worker
 
 
@@ -28,6 +28,7 @@ class Timing:
         wall_ratio: As `ratio`, in wall time.
         state_bytes: Memory of the optimizer's state.
         extra_memory: State beyond the base's, over the base's weights, gradients and state.
+        buffer_bytes: Memory that stays beside the state: where a step's statistics are summed.
         parts_ms: Mean CPU time of the parts; those within forward, backward and step under the
             profiler, which slows them a little.
         cpu_samples: CPU seconds of each round.
@@ -47,6 +48,7 @@ class Timing:
     wall_ratio: float
     state_bytes: int
     extra_memory: float
+    buffer_bytes: int
     parts_ms: dict[str, float]
     cpu_samples: tuple[float, ...]
     wall_samples: tuple[float, ...]
@@ -107,6 +109,7 @@ def summarize(worker: Worker, base: Worker, parts: dict[str, float]) -> Timing:
         wall_ratio=statistics.median(ratios(worker.wall, base.wall)),
         state_bytes=own,
         extra_memory=(own - others) / (base.model_bytes() + others),
+        buffer_bytes=buffer_bytes(worker.optimizer),
         parts_ms={key: 1e3 * parts[key] for key in PARTS if key in parts},
         cpu_samples=tuple(worker.cpu),
         wall_samples=tuple(worker.wall),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mkor.preconditioned import Preconditioned
+
 from .contestants import Contestant
 from .optimizers import build
 from .schedule import factor
@@ -100,6 +102,18 @@ def state_bytes(optimizer: Optimizer) -> int:
     """
     storages = (tensor.untyped_storage() for tensor in _tensors(optimizer.state))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def buffer_bytes(optimizer: Optimizer) -> int:
+    """Memory that a wrapper keeps beside its state: where a step's statistics are summed.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        Bytes; 0 for one that is no wrapper.
+    """
+    return optimizer._preconditioner.buffer_bytes if isinstance(optimizer, Preconditioned) else 0
 
 
 @dataclass

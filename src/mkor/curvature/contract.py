@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["SIDES", "BatchShape", "Block", "Curvature", "Inverting", "OneByOne", "Statistics"]
+__all__ = [
+    "SIDES",
+    "BatchShape",
+    "Block",
+    "Curvature",
+    "Inverting",
+    "Means",
+    "OneByOne",
+    "Statistics",
+]
 
 SIDES = ("left", "right")
 
@@ -59,6 +68,30 @@ class BatchShape:
         return self.width(side) + (self.bias and side == "right")
 
 
+class Means(Mapping[str, Tensor]):
+    """Means as what they are made of; a side's product is taken when it is first asked for.
+
+    Args:
+        sums: Per side ``[B, k, d]``.
+        scales: Per side ``[B, k]``, what makes them means.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+        self.sums, self.scales = sums, scales
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, side: str) -> Tensor:
+        if side not in self._made:
+            self._made[side] = self.sums[side] * self.scales[side].unsqueeze(-1)
+        return self._made[side]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """One update's statistics of a batch of layers.
@@ -78,7 +111,7 @@ class Statistics:
             waiting for the device.
     """
 
-    vectors: dict[str, Tensor]
+    vectors: Mapping[str, Tensor]
     mean_square: dict[str, Tensor]
     filled: Tensor
     accept: Tensor

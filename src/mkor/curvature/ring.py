@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mkor import linalg, native
-from mkor.curvature.contract import Statistics
+from mkor.curvature.contract import Means, Statistics
 from mkor.memo import memo
 
 __all__ = ["turn"]
@@ -37,16 +37,20 @@ def turn(pairs: Sequence[tuple[State, Statistics]], momentum: float) -> None:
 
 def _turn_natively(state: State, statistics: Statistics, momentum: float) -> bool:
     """One batch by a kernel, if it is of the kind that these serve."""
-    filled, accept = statistics.filled, statistics.accept
+    filled, accept, means = statistics.filled, statistics.accept, statistics.vectors
+    if not isinstance(means, Means):
+        ones = torch.ones(filled.shape, device=filled.device)
+        means = Means(means, dict.fromkeys(means, ones))
     sides = [
         native.Side(
-            vectors,
+            sums,
+            means.scales[side],
             statistics.mean_square[side],
             state[f"{side}_rows"],
             state[f"{side}_gram"],
             state[f"{side}_mean_square"],
         )
-        for side, vectors in statistics.vectors.items()
+        for side, sums in means.sums.items()
     ]
     if not native.serves(state["weights"], *(tensor for side in sides for tensor in side)):
         return False

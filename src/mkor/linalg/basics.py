@@ -33,7 +33,10 @@ def all_hold(*masks: Tensor) -> bool:
     Returns:
         False on a GPU, and while code is compiled.
     """
-    return all(_readable(mask) and bool(mask.all()) for mask in masks)
+    # One alone is read as it is: another operator would take as long as what it may save.
+    return all(
+        _readable(mask) and bool(mask if mask.numel() == 1 else mask.all()) for mask in masks
+    )
 
 
 def all_finite(*tensors: Tensor) -> bool:

@@ -30,7 +30,7 @@ def joint_norm(W: Tensor, b: Tensor | None) -> Tensor:
         ``[B]``.
     """
     if native.serves(W, *([] if b is None else [b])) and native.pays(W.numel()):
-        return native.joint_norms(W, b)
+        return native.joint_norms((W, b))
     norm: Tensor = torch.linalg.vector_norm(W, dim=tuple(range(1, W.dim())))
     return norm if b is None else torch.hypot(norm, torch.linalg.vector_norm(b, dim=1))
 

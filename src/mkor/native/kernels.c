@@ -135,12 +135,13 @@ static PyObject *py_ratio(PyObject *self, PyObject *args) {
 }
 
 static int read_side(PyObject *tuple, side *s) {
-    address vectors, square, ring, gram, average;
+    address sums, scale, square, ring, gram, average;
     long long d;
-    if (!tuple || !PyArg_ParseTuple(tuple, "LKKKKK", &d, &vectors, &square, &ring, &gram, &average))
+    if (!tuple || !PyArg_ParseTuple(tuple, "LKKKKKK", &d, &sums, &scale, &square, &ring, &gram,
+                                    &average))
         return 0;
-    *s = (side){d, (const float *)vectors, (const float *)square, (float *)ring, (float *)gram,
-                (float *)average};
+    *s = (side){d, (const float *)sums, (const float *)scale, (const float *)square,
+                (float *)ring, (float *)gram, (float *)average};
     return 1;
 }
 
@@ -224,11 +225,18 @@ static PyObject *py_scatter(PyObject *self, PyObject *args) {
 }
 
 static PyObject *py_joint_norms(PyObject *self, PyObject *args) {
-    stack s = {0};
-    address W, b, norm;
-    if (!PyArg_ParseTuple(args, "LLLKKK", &s.B, &s.n, &s.m, &W, &b, &norm)) return NULL;
-    s.W = (float *)W, s.b = (float *)b;
-    run->joint_norms(&s, (float *)norm);
+    PyObject *stacks;
+    address norm;
+    if (!PyArg_ParseTuple(args, "O!K", &PyTuple_Type, &stacks, &norm)) return NULL;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(stacks); i++) {
+        stack s = {0};
+        address W, b;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(stacks, i), "LLLKK", &s.B, &s.n, &s.m, &W, &b))
+            return NULL;
+        s.W = (float *)W, s.b = (float *)b;
+        run->joint_norms(&s, (float *)norm);
+        norm += s.B * sizeof(float);
+    }
     Py_RETURN_NONE;
 }
 

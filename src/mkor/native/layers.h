@@ -21,14 +21,14 @@ static void check_layers(int64_t N, int64_t width, const float *meta, const floa
 }
 
 /* widths [3, N]: d_out, d_in with the column of ones, whether there is one. numbers [4 + 2k, N] is
-   filled with used rows, scales of raw g, mean squares of both sides, then rows and scales of each
-   vector by layer; fed is a copy of seen. Returns whether all layers accept all slots. */
+   filled with used rows, scales of raw g, mean squares of both sides, then what makes means of the
+   sums of a and of raw g, for each vector by layer; fed is a copy of seen. Returns whether all layers accept all slots. */
 static int count_layers(int64_t N, int64_t k, float factor, int refuse, const float *meta,
                         const float *widths, const uint8_t *seen, float *numbers, uint8_t *filled,
                         uint8_t *accept, uint8_t *fed) {
     const float *d_out = widths, *d_in = d_out + N, *ones = d_in + N;
     float *used = numbers, *scale = used + N, *left = scale + N, *right = left + N;
-    float *rows = right + N, *means = rows + N * k;
+    float *a_means = right + N, *g_means = a_means + N * k;
     int whole = 1;
     for (int64_t i = 0; i < N; i++, meta += META + k) {
         const float *counts = meta + META;
@@ -36,8 +36,8 @@ static int count_layers(int64_t N, int64_t k, float factor, int refuse, const fl
         scale[i] = meta[META - 1] * factor;
         for (int64_t j = 0; j < k; j++) {
             n += counts[j];
-            rows[i * k + j] = counts[j] < 1 ? 1 : counts[j];
-            means[i * k + j] = scale[i] / rows[i * k + j];
+            a_means[i * k + j] = 1 / (counts[j] < 1 ? 1 : counts[j]);
+            g_means[i * k + j] = scale[i] * a_means[i * k + j];
             filled[i * k + j] = counts[j] > 0;
             whole &= filled[i * k + j];
         }

@@ -46,7 +46,7 @@ def count(
         widths: ``[3, N]``: ``d_out``, ``d_in`` with the column of ones, whether there is one.
         seen: ``[N]`` bool.
         numbers: ``[(4 + 2 k) N]``, overwritten with used rows, scales of raw ``g``, mean squares of
-            both sides, rows by vector and scales by vector.
+            both sides, then what makes means of the sums of ``a`` and of raw ``g``, by vector.
         filled: ``[N, k]`` bool, overwritten.
         accept: ``[N]`` bool, overwritten.
         fed: ``[N]`` bool, overwritten with ``seen``.
@@ -152,18 +152,18 @@ def finite(*tensors: Tensor) -> bool:
     return all(kernels().finite(x.data_ptr(), x.numel()) for x in tensors)
 
 
-def joint_norms(W: Tensor, b: Tensor | None) -> Tensor:
+def joint_norms(*stacks: tuple[Tensor, Tensor | None]) -> Tensor:
     """See :func:`mkor.linalg.joint_norm`.
 
     Args:
-        W: ``[B, ...]``.
-        b: ``[B, ...]`` or None.
+        stacks: ``W [B, ...]`` and ``b [B, ...]`` or None, at least one pair.
 
     Returns:
-        ``[B]``.
+        ``[n]``, of all layers in order.
     """
-    norm = W.new_empty(len(W))
-    kernels().joint_norms(*_stack(W, b), norm.data_ptr())
+    each = tuple(_stack(W, b) for W, b in stacks)
+    norm = stacks[0][0].new_empty(sum(layers for layers, *_ in each))
+    kernels().joint_norms(each, norm.data_ptr())
     return norm
 
 

@@ -42,11 +42,12 @@ typedef struct {
     float **home;
 } stack;
 
-/* One side of a batch of windows: vectors [B, k, d] and mean squares [B] that come; ring [B, r, d],
-   gram [B, r, r] and running mean squares [B] that they change. */
+/* One side of a batch of windows: sums [B, k, d] of each vector's rows, what makes them means [B, k],
+   and mean squares [B] that come; ring [B, r, d], gram [B, r, r] and running mean squares [B] that
+   they change. */
 typedef struct {
     int64_t d;
-    const float *vectors, *square;
+    const float *sums, *scale, *square;
     float *ring, *gram, *average;
 } side;
 

@@ -34,10 +34,14 @@ INLINE void four_products(const float *ring, int64_t r, int64_t d, const int64_t
     }
 }
 
-static void write_ring(const float *vectors, const int64_t *slots, const int64_t *places,
-                       int64_t n, int64_t r, int64_t d, float *ring, float *gram) {
-    for (int64_t j = 0; j < n; j++)
-        memcpy(ring + places[j] * d, vectors + slots[j] * d, d * sizeof(float));
+static void write_ring(const float *sums, const float *scale, const int64_t *slots,
+                       const int64_t *places, int64_t n, int64_t r, int64_t d, float *ring,
+                       float *gram) {
+    for (int64_t j = 0; j < n; j++) {
+        float *restrict to = ring + places[j] * d;
+        const float *from = sums + slots[j] * d;
+        for (int64_t c = 0; c < d; c++) to[c] = scale[slots[j]] * from[c];
+    }
     for (int64_t j = 0; j < n; j += 4)
         four_products(ring, r, d, places + j, n - j < 4 ? n - j : 4, gram);
 }
@@ -62,7 +66,7 @@ static int update_window(int64_t B, int64_t k, int64_t r, double gamma, const ui
         for (int64_t i = 0; i < r; i++) w[i] *= (float)gamma;
         for (int64_t j = 0; j < made; j++) w[places[j]] = (float)((1 - gamma) / made);
         for (const side *s = sides; s < sides + count; s++) {
-            write_ring(s->vectors + b * k * s->d, slots, places, made, r, s->d,
+            write_ring(s->sums + b * k * s->d, s->scale + b * k, slots, places, made, r, s->d,
                        s->ring + b * r * s->d, s->gram + b * r * r);
             s->average[b] += (float)(1 - gamma) * (s->square[b] - s->average[b]);
         }

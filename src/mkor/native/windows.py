@@ -17,14 +17,16 @@ class Side(NamedTuple):
     """One side of a batch of windows, with what comes to it; see :mod:`mkor.curvature.ring`.
 
     Attributes:
-        vectors: ``[B, k, d]``.
+        sums: ``[B, k, d]``, over each vector's rows.
+        scale: ``[B, k]``, what makes them means.
         square: ``[B]``.
         rows: ``[B, r, d]``, changed in place as all that follows.
         gram: ``[B, r, r]``.
         mean_square: ``[B]``.
     """
 
-    vectors: Tensor
+    sums: Tensor
+    scale: Tensor
     square: Tensor
     rows: Tensor
     gram: Tensor
@@ -56,7 +58,7 @@ def update_window(
         state["updates"].data_ptr(),
         state["written"].data_ptr(),
         state["weights"].data_ptr(),
-        tuple((side.vectors.shape[2], *(x.data_ptr() for x in side)) for side in sides),
+        tuple((side.sums.shape[2], *(x.data_ptr() for x in side)) for side in sides),
     )
 
 

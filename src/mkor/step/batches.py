@@ -13,7 +13,7 @@ from mkor import linalg, native
 from mkor.capture.site import Site
 from mkor.capture.tray import Tray
 from mkor.communication.sharding import Shard
-from mkor.curvature.contract import BatchShape, Curvature, Inverting, Statistics
+from mkor.curvature.contract import BatchShape, Curvature, Inverting, Means, Statistics
 from mkor.layers.sums import Pick
 from mkor.selection import Layer
 from mkor.step.roster import Counted, Roster
@@ -175,22 +175,17 @@ class Batch:
         Returns:
             What the curvature learns from.
         """
-        rows, used, k = counted.rows, counted.used, counted.rows.shape[1]
-        vectors, covariance = {}, {}
-        if "left" in self.shape.sides:
-            vectors["left"] = self.g[:, :k] * counted.g_means.unsqueeze(-1)
-            if self.curvature.covariance:
-                scale = counted.g_scale.square() / used
-                covariance["left"] = self.g[:, k:] * scale.view(-1, 1, 1)
-        if "right" in self.shape.sides:
-            vectors["right"] = self.a[:, :k] / rows.unsqueeze(-1)
-            if self.curvature.covariance:
-                second = self.a[:, k:] / used.view(-1, 1, 1)
-                bias = self.shape.bias
-                covariance["right"] = _with_ones(second, vectors["right"]) if bias else second
+        sides, k = self.shape.sides, counted.filled.shape[1]
+        sums = {side: self.g if side == "left" else self.a for side in sides}
+        scales = {side: counted.g_means if side == "left" else counted.a_means for side in sides}
+        if not self.curvature.covariance:
+            vectors, covariance = Means(sums, scales), {}
+        else:
+            vectors = Means({side: both[:, :k] for side, both in sums.items()}, scales)
+            covariance = self._covariances(counted, vectors)
         return Statistics(
             vectors,
-            {side: getattr(counted, side) for side in vectors},
+            {side: getattr(counted, side) for side in sides},
             counted.filled,
             counted.accept,
             number,
@@ -198,6 +193,17 @@ class Batch:
             covariance,
             counted.whole,
         )
+
+    def _covariances(self, counted: Counted, means: Means) -> dict[str, Tensor]:
+        """Of both sides, from the sums that follow those of the vectors."""
+        found, k = {}, counted.filled.shape[1]
+        if "left" in means:
+            scale = counted.g_scale.square() / counted.used
+            found["left"] = self.g[:, k:] * scale.view(-1, 1, 1)
+        if "right" in means:
+            second = self.a[:, k:] / counted.used.view(-1, 1, 1)
+            found["right"] = _with_ones(second, means["right"]) if self.shape.bias else second
+        return found
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.

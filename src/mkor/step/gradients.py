@@ -136,9 +136,10 @@ def _norms(some: Gradients, raw: bool) -> Tensor:
 def _norms_of(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
     """Those of one layer each, in one call for all weights and biases where there is no kernel."""
     blocks = [some.W for some in gradients]
-    if native.serves(*blocks):
-        return torch.cat([linalg.joint_norm(some.W, some.b) for some in gradients])
-    if all(some.b is None for some in gradients):
+    biases = [some.b for some in gradients if some.b is not None]
+    if native.serves(*blocks, *biases) and all(native.pays(W.numel()) for W in blocks):
+        return native.joint_norms(*((some.W, some.b) for some in gradients))
+    if not biases:
         return torch.stack(torch._foreach_norm(blocks, 2, dtype))
     blocks += [some.W.new_zeros(()) if some.b is None else some.b for some in gradients]
     return torch.hypot(*torch.stack(torch._foreach_norm(blocks, 2, dtype)).view(2, -1))

@@ -26,10 +26,10 @@ class Counted:
     """What follows from the counts and squares of a step, for some layers.
 
     Attributes:
-        rows: ``[B, k]``, rows in each vector's sum, at least 1.
-        used: ``[B]``, rows in all of them, at least 1.
+        used: ``[B]``, rows in all vectors, at least 1.
         g_scale: ``[B]``, what raw output gradients are multiplied with.
-        g_means: ``[B, k]``, what their sums are multiplied with.
+        a_means, g_means: ``[B, k]``, what sums of inputs and of raw output gradients are multiplied
+            with.
         left, right: ``[B]``, mean squares of the sides.
         filled: ``[B, k]``, which slots hold a vector.
         accept: ``[B]``, which layers learn from the step.
@@ -37,9 +37,9 @@ class Counted:
             known without waiting for the device.
     """
 
-    rows: Tensor
     used: Tensor
     g_scale: Tensor
+    a_means: Tensor
     g_means: Tensor
     left: Tensor
     right: Tensor
@@ -132,7 +132,7 @@ class Roster:
             return self._counted_natively(meta, refuse, scale)
         counts = meta[:, META:]
         squares_a, squares_g, total = meta[:, :META].unbind(1)
-        rows, used = counts.clamp(min=1), counts.sum(1).clamp_(min=1)
+        a_means, used = counts.clamp(min=1).reciprocal_(), counts.sum(1).clamp_(min=1)
         g_scale = total * scale
         d_out, d_in, ones = self._widths.unbind()
         left = squares_g * g_scale.square() / (used * d_out)
@@ -142,8 +142,8 @@ class Roster:
         whole = linalg.held(filled.all(1).logical_and_(accept))
         self.fed.copy_(self.seen)
         self._note(refuse)
-        means = g_scale.unsqueeze(1) / rows
-        numbers = (rows, used, g_scale, means, left, right, filled, accept)
+        g_means = g_scale.unsqueeze(1) * a_means
+        numbers = (used, g_scale, a_means, g_means, left, right, filled, accept)
         pieces = [linalg.cut(number, self._sizes) for number in numbers]
         flags = [all(whole[span]) for span in self.spans]
         return list(map(Counted, *pieces, flags))
@@ -203,7 +203,7 @@ class Roster:
     def _counted_natively(self, meta: Tensor, refuse: Tensor, scale: float) -> list[Counted]:
         """The same by a kernel, into tensors that serve again in every step."""
         N, k = meta.shape[0], meta.shape[1] - META
-        if not self._kept or self._kept[0].rows.shape[1] != k:
+        if not self._kept or self._kept[0].filled.shape[1] != k:
             self._numbers = meta.new_empty((4 + 2 * k) * N)
             self._filled = torch.empty(N, k, dtype=torch.bool, device=meta.device)
             self._accept = torch.empty_like(self.seen)
@@ -218,8 +218,8 @@ class Roster:
     def _views(self, N: int, k: int) -> list[Counted]:
         """Each batch's part of what the kernel fills."""
         used, g_scale, left, right = self._numbers[: 4 * N].view(4, N).unbind()
-        rows, means = self._numbers[4 * N :].view(2, N, k).unbind()
-        numbers = (rows, used, g_scale, means, left, right, self._filled, self._accept)
+        a_means, g_means = self._numbers[4 * N :].view(2, N, k).unbind()
+        numbers = (used, g_scale, a_means, g_means, left, right, self._filled, self._accept)
         pieces = [linalg.cut(number, self._sizes) for number in numbers]
         flags = [False] * len(self._sizes)
         return list(map(Counted, *pieces, flags))
