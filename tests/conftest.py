@@ -43,7 +43,7 @@ def as_on_a_gpu(monkeypatch):
     """No kernels, no values read to take shorter ways, none kept: what runs is what a GPU runs."""
     monkeypatch.setattr("mkor.native.loading._kernels", None)
     monkeypatch.setattr("mkor.capture.gate.HELD", 0)
-    monkeypatch.setattr("mkor.linalg.basics._readable", lambda _: False)
+    monkeypatch.setattr("mkor.linalg.basics.readable", lambda _: False)
 
 
 @pytest.fixture

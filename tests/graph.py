@@ -1,14 +1,13 @@
 """A CUDA graph on a CPU: operators are noted while a step is captured, and repeated in replays.
 
-As on a GPU, what is captured does not run yet: memory is put back as it was. Whatever would wait
-for a device, or copy numbers from the host, raises.
+As on a GPU, what is captured does not run yet: memory is put back as it was, and new tensors hold
+no numbers. Whatever would wait for a device, or copy numbers from the host, raises.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 WAITING = {
     f"aten::{name}"
     for name in (
-        "_local_scalar_dense item is_nonzero equal nonzero masked_select unique_dim _unique2"
-        " bincount repeat_interleave.Tensor"
-    ).split()
+        *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"),
+        *("unique_dim", "_unique2", "bincount", "repeat_interleave"),
+        *("cholesky_inverse", "linalg_cholesky", "linalg_inv", "linalg_solve"),
+    )
 }
-"""Operators whose result, or its size, the host needs."""
+"""Operators whose result, its size, or its errors the host waits for on a GPU."""
 
 COPYING = {"aten::lift_fresh"}
 """What begins with numbers of the host."""
@@ -86,6 +86,10 @@ class Graph(Operators):
                 yield self
         for storage, content in self.before.values():
             storage.copy_(content)
+        for *_, result, fresh in self.calls:
+            for into, new in zip(_tensors(result), fresh, strict=True):
+                if new and into.is_floating_point():
+                    into.detach().fill_(torch.nan)
 
     @torch.no_grad()
     def replay(self):
@@ -94,11 +98,6 @@ class Graph(Operators):
             for into, value, new in zip(_tensors(result), _tensors(again), fresh, strict=True):
                 if new:
                     into.copy_(value)
-
-
-@pytest.fixture
-def graph(as_on_a_gpu):
-    return Graph()
 
 
 def _tensors(tree):

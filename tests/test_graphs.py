@@ -1,6 +1,7 @@
 """Whole steps as CUDA graphs repeat them, emulated on a CPU: ``graph.py`` says how."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 import mkor
 from contestants import base_state, batch, factors, seeded, weights
-from graph import Graph, Operators, graph  # noqa: F401
+from graph import READS, Graph, Operators, forbidden
+from mkor.memo import memo
 
 F64 = torch.float64
 ROWS, WARMUP, REPLAYS = 24, 3, 6
@@ -47,6 +49,11 @@ class Net(nn.Module):
         return self.output(self.second(self.third(self.second(x).tanh())).tanh().mean(1))
 
 
+@pytest.fixture
+def graph(as_on_a_gpu):
+    return Graph()
+
+
 def make(kind="window", base="momentum", net=Net, **how):
     model = seeded(net).to(F64)
     wrapper, options = KINDS[kind]
@@ -65,7 +72,7 @@ def eager(model, optimizer, steps, micro=1):
         optimizer.step()
 
 
-def captured(graph, monkeypatch, model, optimizer, micro=1):  # noqa: F811
+def captured(graph, monkeypatch, model, optimizer, micro=1):
     """Torch's recipe: some steps, no gradients, then one step on tensors that stay."""
     eager(model, optimizer, range(WARMUP), micro)
     optimizer.zero_grad(set_to_none=True)
@@ -76,7 +83,7 @@ def captured(graph, monkeypatch, model, optimizer, micro=1):  # noqa: F811
     return fixed
 
 
-def replay(graph, fixed, steps):  # noqa: F811
+def replay(graph, fixed, steps):
     for i in steps:
         for into, new in zip(fixed, batch(i, ROWS, F64), strict=True):
             into.copy_(new)
@@ -105,7 +112,7 @@ def compare(found, expected):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def both(graph, monkeypatch, micro=1, **how):  # noqa: F811
+def both(graph, monkeypatch, micro=1, **how):
     """A run of replays, and its twin's of eager steps."""
     one, two = make(**how), make(**how)
     fixed = captured(graph, monkeypatch, *one, micro)
@@ -116,7 +123,7 @@ def both(graph, monkeypatch, micro=1, **how):  # noqa: F811
 
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_replays_are_eager_steps(kind, micro, graph, monkeypatch):  # noqa: F811
+def test_replays_are_eager_steps(kind, micro, graph, monkeypatch):
     """Of every curvature, with rows and lines that move, and two micro-batches in the graph."""
     one, two, _ = both(graph, monkeypatch, micro, kind=kind)
     check(one, two)
@@ -124,12 +131,12 @@ def test_replays_are_eager_steps(kind, micro, graph, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", ["window", "clipped"])
-def test_bases(kind, base, graph, monkeypatch):  # noqa: F811
+def test_bases(kind, base, graph, monkeypatch):
     one, two, _ = both(graph, monkeypatch, kind=kind, base=base)
     check(one, two)
 
 
-def test_a_rate_that_is_a_tensor_may_change(graph, monkeypatch):  # noqa: F811
+def test_a_rate_that_is_a_tensor_may_change(graph, monkeypatch):
     """Base and clip read it in every replay."""
     one, two = (make("clipped", "rate as a tensor") for _ in range(2))
     fixed = captured(graph, monkeypatch, *one)
@@ -142,7 +149,7 @@ def test_a_rate_that_is_a_tensor_may_change(graph, monkeypatch):  # noqa: F811
     check(one, two)
 
 
-def test_capturing_takes_no_step(graph, monkeypatch):  # noqa: F811
+def test_capturing_takes_no_step(graph, monkeypatch):
     one, two = make(), make()
     captured(graph, monkeypatch, *one)
     eager(*two, range(WARMUP))
@@ -152,7 +159,7 @@ def test_capturing_takes_no_step(graph, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eager_steps_after_replays(kind, graph, monkeypatch):  # noqa: F811
+def test_eager_steps_after_replays(kind, graph, monkeypatch):
     """They use the rows whose turn it is, count on, and replays go on after them."""
     one, two, fixed = both(graph, monkeypatch, kind=kind)
     for step in range(WARMUP + REPLAYS, WARMUP + REPLAYS + 6, 2):
@@ -168,7 +175,7 @@ def test_eager_steps_after_replays(kind, graph, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diagnostics_and_checkpoints_after_replays(kind, graph, monkeypatch):  # noqa: F811
+def test_diagnostics_and_checkpoints_after_replays(kind, graph, monkeypatch):
     one, two, fixed = both(graph, monkeypatch, kind=kind)
     assert one[1].diagnostics() == pytest.approx(two[1].diagnostics(), rel=1e-6)
     assert one[1].diagnostics()["mkor/steps"] == WARMUP + REPLAYS
@@ -182,7 +189,7 @@ def test_diagnostics_and_checkpoints_after_replays(kind, graph, monkeypatch):  #
     assert one[1].base.state_dict()["state"][0]["mkor_counters"].tolist() == [1, 15, 15, 1]
 
 
-def test_counters_of_a_checkpoint_with_more_steps_than_updates(graph, monkeypatch):  # noqa: F811
+def test_counters_of_a_checkpoint_with_more_steps_than_updates(graph, monkeypatch):
     saved = make(update_every=3)
     eager(*saved, range(5))
     one, two = make(), make()
@@ -196,7 +203,7 @@ def test_counters_of_a_checkpoint_with_more_steps_than_updates(graph, monkeypatc
     assert one[1].diagnostics()["mkor/updates"] == 7
 
 
-def test_loading_ends_the_captured_state(graph, monkeypatch):  # noqa: F811
+def test_loading_ends_the_captured_state(graph, monkeypatch):
     """The host leads again, and a new graph can be captured."""
     one, two, _ = both(graph, monkeypatch)
     saved = make()
@@ -210,7 +217,7 @@ def test_loading_ends_the_captured_state(graph, monkeypatch):  # noqa: F811
     check(one, two)
 
 
-def test_new_group_after_replays(graph, monkeypatch):  # noqa: F811
+def test_new_group_after_replays(graph, monkeypatch):
     """Counters come along; a new graph can be captured after a step."""
 
     def make_partly():
@@ -230,7 +237,7 @@ def test_new_group_after_replays(graph, monkeypatch):  # noqa: F811
     assert one[1].diagnostics()["mkor/steps"] == 9
 
 
-def test_cosines_are_measured_if_they_were_when_captured(graph, monkeypatch):  # noqa: F811
+def test_cosines_are_measured_if_they_were_when_captured(graph, monkeypatch):
     one, two = make(), make()
     for _, optimizer in (one, two):
         optimizer.diagnostics()
@@ -242,7 +249,7 @@ def test_cosines_are_measured_if_they_were_when_captured(graph, monkeypatch):  #
     assert "mkor/mean_cosine" in found
 
 
-def test_cosines_are_not_those_of_another_step(graph, monkeypatch):  # noqa: F811
+def test_cosines_are_not_those_of_another_step(graph, monkeypatch):
     one, _, fixed = both(graph, monkeypatch)
     one[1].diagnostics()
     eager(*one, [20])
@@ -250,7 +257,50 @@ def test_cosines_are_not_those_of_another_step(graph, monkeypatch):  # noqa: F81
     assert "mkor/mean_cosine" not in one[1].diagnostics()
 
 
-def test_passes_alone(graph, monkeypatch):  # noqa: F811
+class Noting(mkor.Window):
+    """Windows that remember which updates they were told of."""
+
+    told: ClassVar[list[int]] = []
+
+    def update_all(self, pairs):
+        pairs = list(pairs)
+        self.told.append(pairs[0][1].update)
+        super().update_all(pairs)
+
+
+def test_curvatures_are_told_which_update_it_is(graph, monkeypatch):
+    model = seeded(Net).to(F64)
+    optimizer = mkor.Preconditioned(model, BASES["sgd"](model.parameters()), Noting(**WINDOW))
+    Noting.told.clear()
+    fixed = captured(graph, monkeypatch, model, optimizer)
+    replay(graph, fixed, range(4))
+    eager(model, optimizer, range(2))
+    assert Noting.told == [0, 1, 2, 3, 7, 8]
+
+
+def test_what_a_capture_makes_is_not_remembered(monkeypatch):
+    """It holds numbers in replays only; what was made before is used in a capture too."""
+    made = []
+
+    @memo(maxsize=4)
+    def function(x):
+        made.append(x)
+        return x
+
+    function(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("mkor.graphs.is_capturing", lambda _=None: True)
+        assert [function(1), function(2), function(2)] == [1, 2, 2]
+    assert [function(2), function(2)] == [2, 2]
+    assert made == [1, 2, 2, 2]
+
+
+def test_no_gpu_captures_nothing():
+    assert not mkor.graphs.is_capturing()
+    assert not mkor.graphs.is_capturing(torch.ones(2))
+
+
+def test_passes_alone(graph, monkeypatch):
     """Forward and backward pass are captured, the step is not: the host counts."""
     one, two = make(), make()
     eager(*one, range(WARMUP))
@@ -363,8 +413,8 @@ def test_nothing_waits_or_copies(kind, monkeypatch, as_on_a_gpu):
     eager(model, optimizer, range(2))
     x, y = batch(2, ROWS, F64)
     with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
-            patch.setattr(torch.Tensor, name, None)
+        for name in READS:
+            patch.setattr(torch.Tensor, name, forbidden)
         with Operators() as operators:
             for _ in range(4):
                 optimizer.zero_grad()
