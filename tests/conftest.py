@@ -40,9 +40,10 @@ def _fresh_torch():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """No kernels, no mask's values read to take shorter ways: what runs is what runs on a GPU."""
+    """No kernels, no values read to take shorter ways, none kept: what runs is what a GPU runs."""
     monkeypatch.setattr("mkor.native.loading._kernels", None)
-    monkeypatch.setattr("mkor.linalg.basics._readable", lambda _: False)
+    monkeypatch.setattr("mkor.capture.gate.HELD", 0)
+    monkeypatch.setattr("mkor.linalg.basics.readable", lambda _: False)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 from contestants import Net, backward, base_state, batch, factors, seeded, train, weights
-from mkor import KFAC, MKOR
+from mkor import KFAC, MKOR, DenseMKOR, Eva
 
 WINDOW = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9, "damping": 0.05}
 
@@ -320,6 +320,37 @@ def test_model_without_hooks_does_not_end_captures():
     train(plain, torch.optim.SGD(two.parameters(), lr=0.01), 3)
     train(compiled, optimizer, 5)
     assert optimizer.state[one.a.weight]["mkor_updates"] == 17
+
+
+@pytest.mark.parametrize("kind", [MKOR, DenseMKOR, KFAC, Eva])
+@pytest.mark.parametrize("what", ["step", "iteration"])
+def test_compiled_step(what, kind):
+    """The step runs as it is; compiled, each number that it counts would make code of its own."""
+    model, other = seeded(), seeded()
+    how = {MKOR: WINDOW, DenseMKOR: {"update_every": 3}}.get(kind, {"damping": 0.1})
+    optimizer, eager = (
+        kind(m, torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5), **how)
+        for m in (model, other)
+    )
+    backend = Counting()
+    step = torch.compile(optimizer.step, backend=backend) if what == "step" else optimizer.step
+
+    def iteration(x, y):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        step()
+
+    if what == "iteration":
+        iteration = torch.compile(iteration, backend=backend)
+    train(other, eager, 8)
+    for i in range(8):
+        iteration(*batch(i))
+    for p, q in zip(
+        weights(model) + factors(optimizer), weights(other) + factors(eager), strict=True
+    ):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    # Clearing gradients, and the forward pass, which an update changes where not all steps update.
+    assert backend.graphs == (0 if what == "step" else 2 + (kind is DenseMKOR))
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")

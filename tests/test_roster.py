@@ -76,7 +76,7 @@ GAPS = [(), (1,), (3, 6), (9,), (1, 3), (6, 9), (), (3, 9)]
 def test_together_as_alone(name, read, monkeypatch):
     """In float64: the same products in other batches."""
     if not read:
-        monkeypatch.setattr("mkor.linalg.basics._readable", lambda _: False)
+        monkeypatch.setattr("mkor.linalg.basics.readable", lambda _: False)
     together = trained(WRAPS[name], GAPS)
     for layer in names(Paths()):
         alone = trained(WRAPS[name], GAPS, only=layer)

@@ -45,6 +45,11 @@ class Concord:
         """Whether sums may travel before the step: each has one pass to send them after."""
         return self._reached and self._one_pass
 
+    @property
+    def reached(self) -> bool:
+        """Whether a step was taken since anything changed."""
+        return self._reached
+
     def end(self) -> None:
         """Something changed, so it has to be sought again."""
         self._reached = False

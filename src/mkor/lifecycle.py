@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mkor import checkpoint
+from mkor import checkpoint, graphs
 from mkor.capture.gate import Gate
 from mkor.communication.communicator import Communicator
 from mkor.communication.sharding import check_sharding, reshard
@@ -91,7 +91,7 @@ class Lifecycle:
         # Distributed checkpoints take a state that is not empty for complete.
         if base.state:
             self.ledger.begin()
-        shown = weakref.WeakMethod(self.ledger.show)
+        shown = weakref.WeakMethod(self.show)
         self._looks = base.register_state_dict_pre_hook(partial(_call, shown))
 
     @property
@@ -110,8 +110,27 @@ class Lifecycle:
         A part of a base may have got the group; sharding replaces parameters.
         """
         same = self.ledger.entries.belong_to(checkpoint.all_parameters(self._base.param_groups))
-        if not same or self.communicator.world_size != self._processes:
-            self._rebuild()
+        if same and self.communicator.world_size == self._processes:
+            return
+        if self._watch.capturing:
+            graphs.refuse("parameters came or were replaced: take a step outside of it first")
+        self.catch_up()
+        self._rebuild()
+
+    def show(self) -> None:
+        """Somebody looks at the base's state."""
+        self.catch_up()
+        self.ledger.show()
+
+    def catch_up(self) -> None:
+        """Count the steps that a CUDA graph repeated; waits for the device, if there is one."""
+        if not self.gate.captured or not self._watch.ticks or self._watch.capturing:
+            return
+        # A captured step is an update.
+        repeated = int(self._watch.ticks[0]) - self.updates
+        self.steps += repeated
+        self.updates += repeated
+        self._note()
 
     def close(self) -> None:
         """Take the hooks off and free the factors."""
@@ -153,6 +172,7 @@ class Lifecycle:
             batch.recover()
         self._concord.end()
         self.steps, self.updates, self._passes = saved
+        self._recount()
         if ended:
             self._begin()
             self._release()
@@ -210,10 +230,16 @@ class Lifecycle:
             batch.recover()
         self._watch.apply_decision()
         self._renew_entries()
+        self._recount()
         self._begin()
 
     def _renew_entries(self) -> None:
         self.ledger.renew(self._watch.batches, self.shared)
+
+    def _recount(self) -> None:
+        """Let the devices count on from here; the factors of older graphs are not these."""
+        self.gate.captured = False
+        self._watch.count(self.updates)
 
     def _begin(self) -> None:
         """Prepare for the passes of the next step."""
@@ -226,6 +252,9 @@ class Lifecycle:
         # A vote on the output layers must not come before it on one process, after it on another.
         early = self._concord.early and self.gate.search is None
         self.gate.passes.on_end = self._watch.reduction.launch if early else None
+        self._note()
+
+    def _note(self) -> None:
         numbers = (checkpoint.VERSION, self.steps, self.updates, self._passes)
         self._numbers[:] = array("q", numbers)
 

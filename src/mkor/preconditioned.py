@@ -156,6 +156,8 @@ class Preconditioned(Wrapper, Joining):
             self.base.step()
         return loss
 
+    # Compiled code would be made anew for every number that the host counts.
+    @torch.compiler.disable
     @torch.no_grad()
     def _step(self, loss: Any) -> None:
         engine = self._preconditioner

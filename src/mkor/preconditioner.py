@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import torch
 
-from mkor import checkpoint
+from mkor import checkpoint, graphs
 from mkor.communication.sharding import reshard
 from mkor.communication.uneven import share_last
 from mkor.coverage import Coverage, report
@@ -37,6 +37,11 @@ class Preconditioner(Lifecycle):
 
     def precondition(self) -> None:
         """Learn from the passes since the last step, and precondition their gradients."""
+        captured = self._watch.capturing
+        if captured:
+            self._check_capture()
+        else:
+            self.catch_up()
         self.notice_new_parameters()
         self._concord.seek(self._watch, self.steps, self.updates)
         watch, options = self._watch, self.options
@@ -48,7 +53,8 @@ class Preconditioner(Lifecycle):
                 watch.reduction.finish(captured=self.gate.passes.unsent)
             for batch in watch.batches:
                 batch.read(watch.reduction.totals)
-            watch.check_captures()
+            if not captured:
+                watch.check_captures()
         with span("mkor.measure"):
             gradients = measure(watch.batches)
         if due:
@@ -60,10 +66,7 @@ class Preconditioner(Lifecycle):
             precondition(gradients, stage, watch.assignment)
             if options.kl_clip is not None:
                 clip_kl(watch.batches, self._base.param_groups, options.kl_clip)
-        self.steps += 1
-        self.updates += due
-        # Steps between updates, and steps without data, say nothing of the micro-batches.
-        self._passes = self.gate.passes.most or self._passes
+        self._count(due, captured)
         # zero_grad may never be called: the model's own, or the base's, clears the gradients too.
         watch.forget()
         self._begin()
@@ -118,6 +121,44 @@ class Preconditioner(Lifecycle):
         """Memory beside the factors: where a step's sums are captured."""
         return sum(buffer.nbytes for buffer in self._watch.reduction.buffers)
 
+    def _count(self, due: bool, captured: bool) -> None:
+        """Count a step, one that is captured on the device only: it is taken in replays."""
+        if due:
+            self._watch.advance()
+        if captured:
+            self.gate.captured = True
+            for batch in self._watch.batches:
+                batch.captured = True
+            return
+        self.steps += 1
+        self.updates += due
+        # Steps between updates, and steps without data, say nothing of the micro-batches.
+        self._passes = self.gate.passes.most or self._passes
+
+    def _check_capture(self) -> None:
+        """Refuse what the host decides in each step anew, since replays repeat one decision."""
+        options, passes = self.options, self.gate.passes.most
+        if options.update_every > 1:
+            graphs.refuse("it repeats one step of update_every: use update_every=1")
+        if self.switch is not None:
+            graphs.refuse("hybrid= decides on the host when the base goes on alone: leave it out")
+        if options.nonfinite == "skip":
+            graphs.refuse('nonfinite="skip" waits for the device: use nonfinite="propagate"')
+        if self._inverting is not None and not all(map(self._inverting.due, (0, 1))):
+            graphs.refuse("some updates renew the inverses, others do not: use inverse_every=1")
+        if not self.communicator.capturable:
+            graphs.refuse("the processes do not communicate through NCCL: use its backend")
+        if not self._concord.reached or self.gate.search is not None:
+            graphs.refuse(
+                "the optimizer is new, or was changed, and has to take steps of its own first: "
+                "train for some outside of it, as torch's recipe does"
+            )
+        if passes and passes != self._passes:
+            graphs.refuse(
+                f"it has {passes} backward passes, the step before had {self._passes}, and their "
+                "rows are chosen accordingly: let the steps before be like it"
+            )
+
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned.
 
@@ -143,6 +184,7 @@ class Preconditioner(Lifecycle):
         Returns:
             See :meth:`mkor.Preconditioned.diagnostics`.
         """
+        self.catch_up()
         counters = {"steps": self.steps, "updates": self.updates, "skipped_steps": skipped_steps}
         if self.switch is not None:
             counters["switched"] = int(self.switched_at is not None)

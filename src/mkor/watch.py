@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from mkor import graphs
 from mkor.capture.gate import Gate
 from mkor.capture.hidden import HiddenHook
 from mkor.capture.hooks import AccumulationHook, ForwardHook, InertHook
@@ -48,6 +49,7 @@ class Watch:
     Attributes:
         selection: What was chosen in the model.
         batches: The preconditioned layers by shape.
+        ticks: On each of their devices, the number of updates so far.
         reduction: Their sums, by this process and by all.
         assignment: Who inverts what for others; None where every process inverts all it needs.
     """
@@ -75,6 +77,7 @@ class Watch:
         chosen = [layer for layer in self.selection.layers if not layer.reason]
         self.assignment = assignment_for(curvature, communicator)
         self.batches, buffers = allocate(chosen, curvature, gate, self.assignment)
+        self.ticks = list(dict.fromkeys(batch.tick for batch in self.batches))
         self.reduction = Reduction(buffers, communicator, gather)
         self._close_owner = close
         self._closed = False
@@ -91,6 +94,25 @@ class Watch:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         self._install()
         self._finalizer = weakref.finalize(self, _release, self._handles, gate, self._eager)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a step that is taken now is captured in a CUDA graph."""
+        return any(graphs.is_capturing(tick) for tick in self.ticks)
+
+    def count(self, updates: int) -> None:
+        """Tell the devices how many updates there were, where they cannot know.
+
+        Args:
+            updates: So far.
+        """
+        for tick in self.ticks:
+            tick.fill_(updates)
+
+    def advance(self) -> None:
+        """Count an update on the devices themselves, for replays of a CUDA graph count there."""
+        for tick in self.ticks:
+            tick.add_(1)
 
     def forget(self) -> None:
         """Drop what was captured since the last step."""
@@ -135,8 +157,6 @@ class Watch:
             rows: Rows per vector and micro-batch; None for all.
         """
         self.gate.begin(updates, rows)
-        for tick in {batch.tick for batch in self.batches}:
-            tick.fill_(updates)
         for batch in self.batches:
             if wanted:
                 batch.plan(self.gate.now)
@@ -222,7 +242,8 @@ class Watch:
         self._finalizer.detach()
         _release(self._handles, self.gate, None)
         self._end_search()
-        self.batches, self.reduction = [], Reduction([], self._communicator, gather=False)
+        self.batches, self.ticks = [], []
+        self.reduction = Reduction([], self._communicator, gather=False)
 
     def _claim(self) -> None:
         """Be the only watch of these layers."""

@@ -58,7 +58,7 @@ class Wrapper(Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """The base's state, with the factors of preconditioned weights after the first step."""
         if self._constructed:
-            self._preconditioner.ledger.show()
+            self._preconditioner.show()
         return self.base.state
 
     @state.setter

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mkor import graphs
 from mkor.capture.output_layer import OutputSearch
 from mkor.capture.passes import Passes
 from mkor.capture.site import Site
@@ -36,6 +37,8 @@ class Gate:
         right: Whether ``a`` is captured.
         covariance: Whether the outer products of all rows are captured with their sums.
         open: Whether passes count at present.
+        captured: Whether a step was captured in a CUDA graph: how many updates there were is then
+            known on the device only.
         search: The search for the output layers while it is on.
         calls: Times a hook ran since the last step, not counting compiled ones.
         held: Entries that are kept until the backward pass ends.
@@ -48,6 +51,7 @@ class Gate:
     right: bool
     covariance: bool = False
     open: bool = True
+    captured: bool = False
     search: OutputSearch | None = None
     calls: int = 0
     held: int = 0
@@ -69,6 +73,19 @@ class Gate:
             The choice.
         """
         return Pick(self.vectors, self.rows, update)
+
+    def choose(self, site: Site, x: Tensor) -> Pick:
+        """Which rows a call uses that is not compiled.
+
+        Args:
+            site: Of its layer.
+            x: Its input, or the gradient of its output.
+
+        Returns:
+            Those of this step; for a CUDA graph, those of whichever step it is replayed in.
+        """
+        by_device = self.captured or graphs.is_capturing(x)
+        return self.pick(site.update) if by_device else self.now
 
     def begin(self, update: int, rows: int | None) -> None:
         """Choose the rows that the coming passes use.

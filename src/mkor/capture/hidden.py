@@ -82,7 +82,7 @@ class HiddenHook(InertHook):
         x = None if node is None else getattr(node, _PRODUCTS[node.name()])
         if node is None or x is None:
             return
-        pick = self.gate.now
+        pick = self.gate.choose(site, x)
         with torch.no_grad(), span("mkor.capture"):
             a = self.gate.inputs(site.kind, x.detach(), pick)
         node.register_prehook(GradientHook(self.gate, site, a))

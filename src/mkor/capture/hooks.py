@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mkor import graphs
 from mkor.capture.gate import Gate
 from mkor.capture.passes import graph_is_kept
 from mkor.capture.site import Site
@@ -113,7 +114,7 @@ class ForwardHook(InertHook):
             if not site.kind.fits(x, output):
                 return
             with span("mkor.capture"):
-                a = gate.inputs(site.kind, x.detach(), gate.now)
+                a = gate.inputs(site.kind, x.detach(), gate.choose(site, x))
         _wait_for_gradient(output, GradientHook(gate, site, a))
 
     def _compiled(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
@@ -179,7 +180,7 @@ class GradientHook:
 
     def _capture(self, grad: Tensor) -> None:
         gate, site, a = self.gate, self.site, self.a
-        pick = gate.now
+        pick = gate.choose(site, grad)
         if isinstance(a, Tensor):
             if not site.kind.fits(a, grad):
                 return
@@ -187,7 +188,7 @@ class GradientHook:
             a = self.a = gate.inputs(site.kind, a, pick)
         g = gate.outputs(site.kind, grad, pick)
         # A captured CUDA graph repeats what ran on the device, and no callbacks.
-        if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        if graphs.is_capturing(grad):
             site.add(a, g)
         else:
             gate.keep(site.tray, Call(site.index, (a, g), site.kind, self))

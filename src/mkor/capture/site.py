@@ -41,7 +41,7 @@ class Site:
         a: ``[k, d_in]``, sums of inputs; above ``[d_in, d_in]`` where covariances are captured.
         g: ``[k, d_out]``, sums of raw output gradients; above ``[d_out, d_out]`` likewise.
         meta: ``[3 + k]``: sum of squares of ``a`` and of ``g``, rows of the step, rows per part.
-        update: 0-dim tensor, the number of updates so far, for compiled code.
+        update: 0-dim tensor, the number of updates so far, for compiled code and CUDA graphs.
         sharded: Whether processes store parts of the weight, so that its gradients do not tell
             passes.
         index: The layer's place in its batch.

@@ -64,6 +64,11 @@ class Communicator:
         return dist.get_rank(self._parent) if _initialised() else 0
 
     @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph repeats what the processes tell each other: NCCL's calls alone."""
+        return self.world_size == 1 or "cuda:nccl" in dist.get_backend_config(self.parent)
+
+    @property
     def parent(self) -> dist.ProcessGroup:
         """The group whose processes train together."""
         group = self._parent or dist.group.WORLD

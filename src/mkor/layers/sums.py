@@ -20,7 +20,8 @@ class Pick(NamedTuple):
     Attributes:
         vectors: Number of parts, ``k``.
         rows: Rows per part, ``m``; None for all rows.
-        update: Number of updates so far: an int, or a 0-dim tensor in compiled code.
+        update: Number of updates so far: an int, or a 0-dim tensor in compiled code and in CUDA
+            graphs.
     """
 
     vectors: int

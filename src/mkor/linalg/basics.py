@@ -19,6 +19,7 @@ __all__ = [
     "held",
     "joined",
     "momentum_average",
+    "readable",
     "times",
     "where",
 ]
@@ -34,9 +35,7 @@ def all_hold(*masks: Tensor) -> bool:
         False on a GPU, and while code is compiled.
     """
     # One alone is read as it is: another operator would take as long as what it may save.
-    return all(
-        _readable(mask) and bool(mask if mask.numel() == 1 else mask.all()) for mask in masks
-    )
+    return all(readable(mask) and bool(mask if mask.numel() == 1 else mask.all()) for mask in masks)
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -50,7 +49,7 @@ def all_finite(*tensors: Tensor) -> bool:
     """
     if native.serves(*tensors) and native.pays(sum(tensor.numel() for tensor in tensors)):
         return native.finite(*tensors)
-    return all(_readable(tensor) and math.isfinite(tensor.sum().item()) for tensor in tensors)
+    return all(readable(tensor) and math.isfinite(tensor.sum().item()) for tensor in tensors)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -74,11 +73,19 @@ def held(mask: Tensor) -> list[bool]:
     Returns:
         Its entries; False everywhere on a GPU, and while code is compiled.
     """
-    return mask.tolist() if _readable(mask) else [False] * len(mask)
+    return mask.tolist() if readable(mask) else [False] * len(mask)
 
 
-def _readable(mask: Tensor) -> bool:
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling()
+def readable(x: Tensor) -> bool:
+    """Whether the host can look at a tensor at once.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        False on a GPU, and while code is compiled.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def where(mask: Tensor, x: Tensor, other: Tensor | float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mkor.linalg import basics
 from mkor.linalg.basics import times
 
 __all__ = [
@@ -87,7 +88,7 @@ def damped_inverse(S: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     good = (failed == 0) & K.diagonal(dim1=1, dim2=2).sum(1).isfinite()
     # cholesky_inverse raises where a factor is singular.
     K = torch.where(good[:, None, None], K, eye)
-    if S.is_cuda:
+    if not basics.readable(S):
         # Twice the operations, but cholesky_inverse waits for the device to check for errors.
         root = torch.linalg.solve_triangular(K, eye, upper=False)
         inverse = root.mT @ root

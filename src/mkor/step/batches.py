@@ -43,6 +43,9 @@ class Batch:
             not captured has no vectors. Covariances follow the ``k`` vectors.
         g: ``[B, k, d_out]``, sums of raw output gradients likewise.
         meta: ``[B, 3 + k]``, see :class:`mkor.capture.site.Site`.
+        watched: Whether the inner products of raw and preconditioned gradients are to be measured.
+        measured: Whether they were in the last step.
+        captured: Whether a CUDA graph repeats a step: it measures what it did when it was captured.
         last, seen, fed, done, refused: The layers' part of the roster's.
     """
 
@@ -86,7 +89,7 @@ class Batch:
             )
         ]
         self.skipped = [False] * B
-        self.watched = self.measured = False
+        self.watched = self.measured = self.captured = False
         self.roster, self.span = roster, span
         self.last, self.refused = roster.last[:, span], roster.refused[:, span]
         self.seen, self.fed, self.done = roster.seen[span], roster.fed[span], roster.done[span]
@@ -211,7 +214,7 @@ class Batch:
         Returns:
             For each layer that is preconditioned, names and numbers.
         """
-        measured, self.watched = self.measured, True
+        measured, self.watched = self.measured, self.watched or not self.captured
         raw, norm, product = self.last.tolist()
         refused = self.refused.tolist()
         extra = {k: v.tolist() for k, v in self.curvature.figures(self.state, self.shape).items()}

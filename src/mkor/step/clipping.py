@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from mkor.step.batches import Batch, by_roster
 __all__ = ["clip_kl", "gradients_finite"]
 
 
-def clip_kl(batches: Sequence[Batch], groups: Sequence[dict[str, object]], limit: float) -> None:
+def clip_kl(batches: Sequence[Batch], groups: Sequence[dict[str, Any]], limit: float) -> None:
     """Multiply all preconditioned gradients by ``nu = min(1, sqrt(kappa / |sum lr^2 <P, M>|))``.
 
     KAISA's and Eva's stage in place of rescaling. The sum runs over the layers that were
@@ -27,14 +29,13 @@ def clip_kl(batches: Sequence[Batch], groups: Sequence[dict[str, object]], limit
         groups: The base's parameter groups.
         limit: ``kappa``.
     """
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    owners = {id(p): group for group in groups for p in group["params"]}
     rosters = list(by_roster(batches))
     if not rosters:
         return
     products = []
     for roster, group in rosters:
-        layers = [layer for batch in group for layer in batch.layers]
-        lr = _tensor([rates[id(layer.weight)] for layer in layers], roster.last)
+        lr = _rates([owners[id(x.weight)] for batch in group for x in batch.layers], roster.last)
         products.append(torch.where(roster.done, lr.square() * roster.last[2], 0.0).sum())
     total = torch.stack([product.to(products[0]) for product in products]).sum()
     nu = linalg.kl_scale(total, limit)
@@ -42,10 +43,16 @@ def clip_kl(batches: Sequence[Batch], groups: Sequence[dict[str, object]], limit
         scale(roster, group, nu.to(roster.last))
 
 
-def _tensor(rates: list[object], like: Tensor) -> Tensor:
-    if any(isinstance(rate, Tensor) for rate in rates):
-        return torch.stack([torch.as_tensor(rate).to(like) for rate in rates])
-    return torch.tensor(rates, dtype=like.dtype).to(like.device, non_blocking=True)
+def _rates(groups: Iterable[dict[str, Any]], like: Tensor) -> Tensor:
+    """``[N]``, the learning rate of each layer's group; numbers are no copies from the host."""
+    runs = [list(run) for _, run in groupby(groups, key=id)]
+    return linalg.joined([like.new_ones(len(run)) * _rate(run[0], like) for run in runs])
+
+
+def _rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
+    """As it can be multiplied with; a device takes numbers from the host without a copy."""
+    rate: float | Tensor = group["lr"]
+    return rate.to(like.device) if isinstance(rate, Tensor) and not rate.is_cpu else rate
 
 
 def gradients_finite(parameters: Iterable[Tensor], communicator: Communicator) -> bool:

@@ -115,7 +115,7 @@ class Roster:
         torch.gt(rows, 0, out=self.seen)
         # None is negative, and NaN is not below infinity.
         torch.lt(squares_a + squares_g + self.last[0], math.inf, out=self.finite)
-        self.bad = ~self.finite.all()
+        torch.logical_not(self.finite.all(), out=self.bad)
 
     def count(self, meta: Tensor, refuse: Tensor, scale: float | Tensor) -> list[Counted]:
         """What follows from the counts and squares of a step, once it was checked.
