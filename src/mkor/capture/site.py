@@ -14,18 +14,20 @@ from mkor.capture.tray import META, Source, Tray
 from mkor.layers.kinds import LayerKind
 from mkor.layers.sums import PartSums, Pick, sums_by
 
-__all__ = ["Site"]
+__all__ = ["Planned", "Site"]
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
     """How calls like the last one are summed.
 
     Attributes:
+        kind: Of the layer.
         x, g: Sizes of its input and output.
         pick: Which rows are used; None before the first call.
         plan: For kernels; None where they cannot.
     """
 
+    kind: LayerKind
     x: Sequence[int] = ()
     g: Sequence[int] = ()
     pick: Pick | None = None
@@ -59,17 +61,29 @@ class Site:
     index: int
     tray: Tray
     places: tuple[int, ...] | None = None
-    _planned: _Planned = field(default=_Planned(), repr=False)
+    _planned: Planned = field(init=False, repr=False)
 
-    def begin(self, pick: Pick) -> None:
+    def __post_init__(self) -> None:
+        self._planned = Planned(self.kind)
+
+    def begin(self, pick: Pick, other: Planned | None) -> Planned | None:
         """Plan calls like the last one, for that is slow between the products of a pass.
 
         Args:
             pick: Which rows the coming passes use.
+            other: What another layer has planned for them, which may do for this one.
+
+        Returns:
+            What this one has; before its first call, that of the other.
         """
-        x, g, before, _ = self._planned
-        if before is not None:
-            self._planned = _Planned(x, g, pick, self.kind.plan(x, g, pick))
+        kind, x, g, before, _ = self._planned
+        if before is None:
+            return other
+        if other is not None and other.kind is kind and other.x == x and other.g == g:
+            self._planned = other
+        else:
+            self._planned = Planned(kind, x, g, pick, kind.plan(x, g, pick))
+        return self._planned
 
     def add_call(self, source: Source, g: Tensor, pick: Pick) -> bool:
         """Sum a call at once by a kernel, which takes no time worth waiting for.
@@ -92,7 +106,7 @@ class Site:
                 source.a = None
                 return True
             plan = self.kind.plan(a.shape, g.shape, pick)
-            planned = self._planned = _Planned(a.shape, g.shape, pick, plan)
+            planned = self._planned = Planned(self.kind, a.shape, g.shape, pick, plan)
         plan = planned.plan
         if plan is None or not native.pays(plan.reads):
             return False

@@ -72,9 +72,11 @@ class Batch:
         self.shard, self.inverter, self.keeps = shard, inverter, keeps
         self.a, self.g, self.meta = slots.views(buffer)
         self.tray = Tray(self.a, self.g, self.meta)
+        # Layers of one kind share what says so, by which it is seen fastest.
+        kinds = {layer.kind: layer.kind for layer in layers}
         self.sites = [
             Site(
-                layer.kind,
+                kinds[layer.kind],
                 a,
                 g,
                 meta,
@@ -101,8 +103,9 @@ class Batch:
         Args:
             pick: Which rows they use.
         """
+        before = None
         for site in self.sites:
-            site.begin(pick)
+            before = site.begin(pick, before)
 
     def leave(self, skipped: Sequence[bool]) -> None:
         """Leave layers to the base.
