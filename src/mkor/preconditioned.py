@@ -157,7 +157,7 @@ class Preconditioned(Wrapper, Joining):
         return loss
 
     # Compiled code would be made anew for every number that the host counts.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _step(self, loss: Any) -> None:
         engine = self._preconditioner
