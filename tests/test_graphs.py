@@ -130,7 +130,7 @@ def check(one, two):
 def compare(found, expected):
     assert len(found) == len(expected) > 0 or not expected
     for p, q in zip(found, expected, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 def both(graph, monkeypatch, micro=1, **how):
