@@ -232,5 +232,5 @@ class Switch:
                 f"hybrid= is on, but {SILENCE * self.settings.every} steps brought no finite loss: "
                 "pass a closure to step(), or call optimizer.report_loss(loss) after each backward "
                 "pass",
-                stacklevel=8,
+                stacklevel=9,
             )

@@ -139,7 +139,7 @@ class Preconditioner(Lifecycle):
         """Refuse what the host decides in each step anew, since replays repeat one decision."""
         options, passes = self.options, self.gate.passes.most
         if options.update_every > 1:
-            graphs.refuse("it repeats one step of update_every: use update_every=1")
+            graphs.refuse("some steps update the factors, others do not: use update_every=1")
         if self.switch is not None:
             graphs.refuse("hybrid= decides on the host when the base goes on alone: leave it out")
         if options.nonfinite == "skip":
