@@ -10,11 +10,21 @@ KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZES = (7, 6, 5)
 COMMON = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
 
+MODES = ("zeros", "reflect", "replicate", "circular")
+PADDINGS = (0, 1, "same", "valid")
+# Every mode meets every padding, and both meet images of one, two and three dimensions in turn.
+IN_TURN = [
+    ((m + p) % 3 + 1, mode, padding)
+    for (m, mode), (p, padding) in itertools.product(enumerate(MODES), enumerate(PADDINGS))
+]
+
 CONVOLUTIONS = {
     f"conv{dims}d-{mode}-{padding}": (dims, {"padding": padding, "padding_mode": mode})
-    for dims, mode, padding in itertools.product(
-        KINDS, ("zeros", "reflect", "replicate", "circular"), (0, 1, "same", "valid")
-    )
+    for dims, mode, padding in [
+        *IN_TURN,
+        *((dims, "zeros", 1) for dims in KINDS),
+        (2, "reflect", "same"),
+    ]
 } | {
     "conv1d-stride-dilation": (1, {"stride": 2, "dilation": 2, "padding": 3}),
     "conv2d-tuples": (

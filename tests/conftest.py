@@ -23,8 +23,9 @@ hypothesis.settings.load_profile("stable")
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    """Tests collect garbage often, and need not look through all modules for it."""
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """Tests collect garbage often, and need not look through all that files before imported."""
     gc.collect()
     gc.freeze()
 

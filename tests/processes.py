@@ -103,6 +103,24 @@ class Place:
 Work = Callable[..., Any]
 
 
+def forking() -> Any:
+    """Starts processes that need not import torch."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
+class Forking:
+    """Stands for the module ``multiprocessing``: all is started fast, and noted as asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def get_context(self, method: str) -> Any:
+        self.asked.append(method)
+        return forking()
+
+
 def outcomes(
     work: Work,
     world: int,
@@ -113,8 +131,7 @@ def outcomes(
 ) -> list[Outcome]:
     """Runs ``work(place, *args)`` on ``world`` processes, and says how each one ended."""
     server = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context = forking()
     start = time.monotonic()
     processes = []
     for path in (*folder.glob("[0-9].pt"), *folder.glob("*.stack")):

@@ -192,7 +192,10 @@ def test_a_single_seed_needs_no_average(race: Race) -> None:
     assert "mkor[rank=16]+adamw switched to the base at step 6\n" in stream.getvalue()
 
 
-def test_files_hold_the_step_of_the_switch(race: Race, tmp_path: Path) -> None:
+def test_files_hold_the_step_of_the_switch(
+    race: Race, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mkor.bench.plot.draw", lambda race, path: path.touch())
     files = write_files(switched(race, 4, None), tmp_path)
     record = json.loads(files["results"].read_text())
     steps = {(run["contestant"], run["seed"]): run["switched_at"] for run in record["runs"]}

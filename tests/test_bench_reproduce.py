@@ -23,6 +23,7 @@ from mkor.bench.races import Plan, is_complete, settings_of
 from mkor.bench.reproduce import RECIPES
 from mkor.bench.rules_page import cell, table, task_block
 from mkor.bench.rules_plot import draw_panel
+from processes import Forking
 
 SMALL = ("mkor[rank=8,vectors=2]", "eva")
 QUICK = ["--tasks", "digits-conv", "--steps-scale", "0.01", "--seeds", "2", "--tune", "2"]
@@ -31,6 +32,13 @@ QUICK = ["--tasks", "digits-conv", "--steps-scale", "0.01", "--seeds", "2", "--t
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "AROUND", SMALL)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files."""
+    monkeypatch.setattr("mkor.bench.plot.draw", lambda race, path: path.touch())
+    monkeypatch.setattr(rules, "draw_task", lambda task, found, around, path: path.touch())
 
 
 def reproduce(out: Path, *more: str) -> int:
@@ -82,7 +90,7 @@ def test_races_are_stored_and_the_page_is_made_of_them(
         assert f"{race['loss']:.4f} +- {race['spread']:.4f}" in page
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "undrawn")
 def test_what_is_complete_is_not_run_again_and_text_is_kept(tmp_path: Path) -> None:
     assert reproduce(tmp_path, "--bases", "sgd", "--seeds", "1") == 0
     before, page = times(tmp_path), tmp_path / "rules.md"
@@ -99,7 +107,7 @@ def test_what_is_complete_is_not_run_again_and_text_is_kept(tmp_path: Path) -> N
     assert "|  | sgd | lamb |" in again
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "undrawn")
 def test_other_settings_and_damaged_files_are_run_again(tmp_path: Path) -> None:
     plan = Plan("a", "digits-conv", ("sgd", "eva+sgd"), 1, 1, 0.01)
     path = tmp_path / "a" / "results.json"
@@ -122,6 +130,7 @@ def test_other_settings_and_damaged_files_are_run_again(tmp_path: Path) -> None:
     assert not is_complete(path, settings_of(plan))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_centre_or_default_counts_as_another_race(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +149,7 @@ def test_another_centre_or_default_counts_as_another_race(
     assert is_complete(path, settings_of(plan))
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "undrawn")
 def test_an_interruption_keeps_the_races_that_are_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,12 +176,15 @@ def test_an_interruption_keeps_the_races_that_are_complete(
 
 @pytest.mark.usefixtures("few")
 def test_races_side_by_side_end_as_they_do_in_turn(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    forking = Forking()
+    monkeypatch.setattr(races, "multiprocessing", forking)
     short = ["--bases", "sgd,adamw", "--tune", "1", "--seeds", "1"]
     assert reproduce(tmp_path / "one", *short) == 0
     assert reproduce(tmp_path / "two", *short, "--jobs", "2") == 0
     assert capfd.readouterr().err == ""
+    assert forking.asked == ["spawn"]
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for name in ("digits-conv-sgd", "digits-conv-adamw"):
         one, two = (
@@ -201,6 +213,7 @@ def test_no_race_is_begun_after_an_interruption(
     assert sorted(begun[2:]) == ["c", "d", "e", "f"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_progress_says_which_race_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,8 +136,9 @@ def test_every_run_preconditions_the_same_gradient(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_prints_and_stores_everything(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(scaling_times, "MOST", scaling_times.FEWEST)
     path = tmp_path / "scaling.json"
     arguments = ["overhead", "--scaling", "--widths", "16,8", "--quiet", "--json", str(path)]
     assert main(arguments) == 0

@@ -138,8 +138,11 @@ def assert_same(found, expected, tolerance):
 # ------------------------------------------------------------------------------------- equality
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
-@pytest.mark.parametrize("bias", ["bias", "no bias", "bias without gradient"])
+@pytest.mark.parametrize(
+    ("bias", "dtype"),
+    [("bias", F64), ("no bias", F64), ("bias without gradient", F64), ("bias", F32)],
+    ids=str,
+)
 @pytest.mark.parametrize(("curvature", "sides"), SIDED)
 def test_put_together(curvature, sides, bias, dtype):
     prepared = prepared_for(curvature, sides, bias != "no bias", dtype)
@@ -260,26 +263,26 @@ def test_layers_that_are_not_ok(curvature, sides, bad):
         assert_same(*others, 0.01 if half else 1e-12)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("where", [(0, 0), (5, 3), (0, None), (5, None)], ids=str)
 @pytest.mark.parametrize(("curvature", "sides"), SIDED)
-def test_an_entry_that_is_not_finite(curvature, sides, where, value):
+def test_an_entry_that_is_not_finite(curvature, sides, where):
     """In whichever block it is, all blocks of its layer stay as they are, and say so."""
     prepared = prepared_for(curvature, sides)
     W, b = gradients()
     row, column = where
-    if column is None:
-        b[2, row] = value
-    else:
-        W[2, row, column] = value
-    for blocks in CUTS:
+    # Cuts take the values in turn: each meets cuts of rows and of columns.
+    for blocks, value in zip(CUTS, itertools.cycle([math.nan, math.inf, -math.inf])):
+        if column is None:
+            b[2, row] = value
+        else:
+            W[2, row, column] = value
         found = in_blocks(curvature, prepared, W, b, everything(), blocks)
         assert found[2].tolist() == [True, True, False]
         assert_raw(found, W, b, 2)
         assert found[0][:2].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1e30, 1e36, 1e37, 1e38, 3e38])
+@pytest.mark.parametrize("size", [1e30, 1e37, 3e38])
 @pytest.mark.parametrize(("curvature", "sides"), SIDED)
 def test_entries_near_overflow(curvature, sides, size):
     """All blocks are preconditioned and finite, or all of them raw."""

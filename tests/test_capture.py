@@ -21,8 +21,6 @@ from mkor.layers.geometry import Geometry
 from mkor.layers.patches import patch_maps
 from recording import Recorder, Twin, gradients, matrices
 
-pytestmark = pytest.mark.usefixtures("both_ways")
-
 F64 = torch.float64
 
 
@@ -118,6 +116,7 @@ def test_empty_batch_gives_no_vector():
     assert (alone[0].weight.grad == 0).all()
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_rows_are_summed_in_float32(dtype):
     """A mean of thousands of low-precision rows keeps its digits."""
@@ -135,6 +134,7 @@ def test_low_precision_rows_are_summed_in_float32(dtype):
     assert any(relative(t[0].double(), statistics.a[0][:3]) < 1e-5 for t in vectors)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_autocast():
     """Under autocast the layers compute in bfloat16; factors follow, in float32."""
     torch.manual_seed(2)
@@ -164,6 +164,7 @@ def test_autocast():
     assert relative(found, expected) < 0.05
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_autocast_does_not_reach_the_statistics(kind):
     """Autocast would run a hook's own products in bfloat16: the vectors are float32 sums."""

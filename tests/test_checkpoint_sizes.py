@@ -33,7 +33,6 @@ KFAC = {"wrap": mkor.KFAC, "options": EVERY | {"damping": 0.1}}
 DDP = {
     "DDP, float32": Case(dtype=F32),
     "DDP": Case(every="uneven"),
-    "DDP, over AdamW": Case(ConvNet, base="adamw"),
     "DDP, every other step": Case(options=WHOLE | {"update_every": 2}),
     "DDP, dense": Case(wrap=mkor.DenseMKOR, options=DENSE | {"update_every": 2}),
     "DDP, Eva": Case(wrap=mkor.Eva, options=EVERY | {"damping": 3e-3}),
@@ -136,11 +135,14 @@ def _launches(request, tmp_path_factory):
 MAIN = {"DDP, float32", "DDP", "DDP, hybrid", "KAISA, least"}
 MAIN |= {"FSDP2, float32", "FSDP2", "FSDP2, hybrid"}
 """What goes on with every number of processes; the rest with another one than it was saved on."""
+ON_ONE = {"FSDP2, over AdamW", "FSDP2, transposed", "FSDP2, Eva", "FSDP2, KFAC", *PLAIN}
+ON_ONE |= {"DDP, dense", "DDP, Eva", "DDP, KFAC"}
+"""Of this rest, what goes on with one process; the others with three."""
 
 
 def pairs():
     worlds = {
-        name: (1, 2, 3) if name in MAIN else (1,) if name in PLAIN else (3,) for name in CASES
+        name: (1, 2, 3) if name in MAIN else (1,) if name in ON_ONE else (3,) for name in CASES
     }
     return [(world, name) for world in (1, 2, 3) for name in CASES if world in worlds[name]]
 

@@ -1,8 +1,12 @@
-"""What every optimizer promises: one test per promise, run for every row of ``contestants``."""
+"""What every optimizer promises: one test per promise, run for every row of ``contestants``.
+
+Promises in which the base has no part are tested over a few bases only.
+"""
 
 import copy
 import gc
 import io
+import itertools
 import pickle
 import warnings
 import weakref
@@ -21,6 +25,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 
 import mkor
 from contestants import (
+    BASES,
     EXCEPTIONS,
     PREFIX,
     ROWS,
@@ -40,23 +45,27 @@ from contestants import (
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    """The collector need not look through all that is imported, again and again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(params=ROWS, name="row")
-def _row(request):
+def promised(request):
     impossible = EXCEPTIONS.get(request.param, {})
     for name in (request.node.originalname, request.node.name):
         if name in impossible:
             # Strict: a base that keeps the promise after all is to be told.
             request.applymarker(pytest.mark.xfail(reason=impossible[name], strict=True))
     return ROWS[request.param]
+
+
+@pytest.fixture(params=ROWS, name="row")
+def _row(request):
+    return promised(request)
+
+
+PLAIN = {f"mkor+{name}" for name in BASES} - {"mkor+muon", "mkor+schedule-free"}
+
+
+@pytest.fixture(params=[name for name in ROWS if name not in PLAIN], name="kind")
+def _kind(request):
+    """Rows for promises in which the base has no part: without those that differ in it alone."""
+    return promised(request)
 
 
 # ------------------------------------------------------------------------ it is an optimizer
@@ -97,10 +106,10 @@ def test_learning_rate_zero_leaves_weights(row):
     assert same(before, weights(model))
 
 
-def test_closure(row):
+def test_closure(kind):
     """Runs once, first, with gradients enabled; its loss comes back."""
     model, other = seeded(), seeded()
-    optimizer, expected = row.make(model), row.make(other)
+    optimizer, expected = kind.make(model), kind.make(other)
     calls = []
 
     def closure():
@@ -117,9 +126,9 @@ def test_closure(row):
     assert same(weights(model), weights(other))
 
 
-def test_step_without_closure_returns_none(row):
+def test_step_without_closure_returns_none(kind):
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     backward(model, 0)
     assert optimizer.step() is None
 
@@ -144,9 +153,9 @@ def test_hooks_on_step_run(row):
     assert seen == ["wrapper before", "base before", "base after", "wrapper after"]
 
 
-def test_repr_names_wrapper(row):
+def test_repr_names_wrapper(kind):
     model = seeded()
-    assert type(row.make(model)).__name__ in repr(row.make(seeded()))
+    assert type(kind.make(model)).__name__ in repr(kind.make(seeded()))
 
 
 # ------------------------------------------------------------------------------ schedulers
@@ -204,15 +213,25 @@ def run_schedule(model, optimizer, scheduler, steps=5):
     return seen
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(row, name):
+def scheduled():
+    """Rows of each kind take schedulers in turn: every kind meets each of them, in either way."""
+    for wrap in dict.fromkeys(row.wrap for row in ROWS.values()):
+        rows = [name for name, row in ROWS.items() if row.wrap is wrap]
+        turns = min(3, len(rows) // 2)
+        for (i, row), (j, name) in itertools.product(enumerate(rows), enumerate(SCHEDULERS)):
+            if (i + j) % turns == 0:
+                yield row, name, "before" if (i // turns + j) % 2 else "after"
+
+
+@pytest.mark.parametrize(("row_name", "name", "attached"), list(scheduled()))
+def test_schedulers(row_name, name, attached):
     """Attached to the base before wrapping or to the wrapper after it, without a warning."""
+    row = ROWS[row_name]
     plain, model = seeded(), seeded()
     base = row.base(plain.parameters())
     expected = run_schedule(None, base, SCHEDULERS[name](base))
     base = row.base(model.parameters())
-    # One way or the other, in turn over schedulers and rows.
-    if (list(SCHEDULERS).index(name) + list(ROWS.values()).index(row)) % 2:
+    if attached == "before":
         scheduler = SCHEDULERS[name](base)
         optimizer = row.over(model, base)
     else:
@@ -233,9 +252,9 @@ def test_schedulers_of_momentum(row_name, name):
     assert len({str(groups) for groups in expected}) > 2
 
 
-def test_plateau_scheduler(row):
+def test_plateau_scheduler(kind):
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     before = [g["lr"] for g in optimizer.param_groups]
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for i in range(3):
@@ -265,12 +284,11 @@ def test_scheduler_and_optimizer_resume_together(row):
 # ------------------------------------------------------------------------ passes that count
 
 
-@pytest.mark.parametrize("sizes", [(6, 6), (7, 3, 2), (1, 11)], ids=str)
-def test_accumulation_equals_the_whole_batch(row, sizes):
+def test_accumulation_equals_the_whole_batch(row):
     """With one mean of all rows micro-batches are one batch, also unequal ones."""
     whole, parts = seeded(dtype=F64), seeded(dtype=F64)
     a, b = (row.make(m, **row.one_mean) for m in (whole, parts))
-    for i in range(5):
+    for i, sizes in enumerate([(6, 6), (7, 3, 2), (1, 11), (6, 6), (7, 3, 2)]):
         x, y = batch(i, dtype=F64)
         a.zero_grad()
         nn.functional.cross_entropy(whole(x), y).backward()
@@ -341,32 +359,34 @@ def extra_input_gradient(model, i):
     model.requires_grad_(True)
 
 
-@pytest.mark.parametrize(
-    "extra", [extra_eval, extra_inference, extra_forward, extra_input_gradient]
-)
-def test_passes_that_do_not_count(row, extra):
+def extras(model, i):
+    for extra in (extra_eval, extra_inference, extra_forward, extra_input_gradient):
+        extra(model, i)
+
+
+def test_passes_that_do_not_count(kind):
     """Evaluation and forward passes without a backward leave a run bitwise as it was."""
     model, other = seeded(), seeded()
-    a, b = row.make(model), row.make(other)
+    a, b = kind.make(model), kind.make(other)
     for i in range(4):
         for m, o in ((model, a), (other, b)):
             o.zero_grad()
             x, y = batch(i)
             loss = nn.functional.cross_entropy(m(x), y)
             if m is model:
-                extra(m, i)
+                extras(m, i)
             loss.backward()
             if m is model:
-                extra(m, i)
+                extras(m, i)
             o.step()
     assert same(weights(model), weights(other))
     assert same(factors(a), factors(b))
 
 
-def test_no_capture(row):
+def test_no_capture(kind):
     """A gradient penalty inside ``no_capture`` adds to the gradients, not to the factors."""
     model, other = seeded(), seeded()
-    a, b = row.make(model), row.make(other)
+    a, b = kind.make(model), kind.make(other)
     for i in range(3):
         for m, o in ((model, a), (other, b)):
             o.zero_grad()
@@ -401,29 +421,29 @@ def in_step(row, prepare):
     assert same(factors(a), factors(b))
 
 
-def test_zero_grad_drops_captures(row):
+def test_zero_grad_drops_captures(kind):
     """What was captured before ``zero_grad`` never reaches the factors."""
 
     def pass_in_vain(model, optimizer, i):
         backward(model, 90 + i)
         optimizer.zero_grad()
 
-    in_step(row, pass_in_vain)
+    in_step(kind, pass_in_vain)
 
 
 @pytest.mark.parametrize("clears", ["model", "base"])
-def test_gradients_cleared_without_zero_grad(row, clears):
+def test_gradients_cleared_without_zero_grad(kind, clears):
     """The model's ``zero_grad`` or the base's serve as well: a step drops what it has used."""
 
     def clear(model, optimizer, _):
         (model if clears == "model" else optimizer.base).zero_grad()
 
-    in_step(row, clear)
+    in_step(kind, clear)
 
 
-def test_zero_grad_keeps_its_argument(row):
+def test_zero_grad_keeps_its_argument(kind):
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     backward(model, 0)
     optimizer.zero_grad(set_to_none=False)
     assert all((p.grad == 0).all() for p in model.parameters())
@@ -431,10 +451,10 @@ def test_zero_grad_keeps_its_argument(row):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_forward_then_zero_grad_then_backward(row):
+def test_forward_then_zero_grad_then_backward(kind):
     """The order in which Lightning trains."""
     model, other = seeded(), seeded()
-    a, b = row.make(model), row.make(other)
+    a, b = kind.make(model), kind.make(other)
     for i in range(3):
         x, y = batch(i)
         loss = nn.functional.cross_entropy(model(x), y)
@@ -445,10 +465,10 @@ def test_forward_then_zero_grad_then_backward(row):
     assert same(weights(model), weights(other))
 
 
-def test_functional_transforms_do_not_count(row):
+def test_functional_transforms_do_not_count(kind):
     """``grad``, ``vmap`` and ``jvp`` of torch.func work on the model and leave no trace."""
     model, other = seeded(), seeded()
-    a, b = row.make(model), row.make(other)
+    a, b = kind.make(model), kind.make(other)
     x, y = batch(80)
     for i in range(3):
         parameters = {n: p.detach() for n, p in model.named_parameters()}
@@ -483,11 +503,11 @@ class Checkpointed(Net):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(row, reentrant):
+def test_activation_checkpointing(kind, reentrant):
     """Recomputed layers count once: the run equals the one without checkpointing."""
     model, other = seeded(Checkpointed), seeded(Checkpointed)
     model.mode = reentrant
-    a, b = (row.make(m, **row.one_mean) for m in (model, other))
+    a, b = (kind.make(m, **kind.one_mean) for m in (model, other))
     train(model, a, 4)
     train(other, b, 4)
     for p, q in zip(weights(model), weights(other), strict=True):
@@ -496,14 +516,14 @@ def test_activation_checkpointing(row, reentrant):
         torch.testing.assert_close(p, q)
 
 
-def test_in_place_activation(row):
+def test_in_place_activation(kind):
     """An in-place activation after a layer changes nothing of what is captured."""
     make = lambda inplace: nn.Sequential(  # noqa: E731
         nn.Conv2d(1, 3, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(12, 6), nn.ReLU(inplace),
         nn.Linear(6, 3),
     )  # fmt: skip
     model, other = seeded(make, inplace=True), seeded(make, inplace=False)
-    a, b = row.make(model), row.make(other)
+    a, b = kind.make(model), kind.make(other)
     assert train(model, a, 4) == train(other, b, 4)
     assert same(weights(model), weights(other))
 
@@ -511,10 +531,10 @@ def test_in_place_activation(row):
 # ------------------------------------------------------------------------ copies of the model
 
 
-def test_copy_of_the_model_is_free(row):
+def test_copy_of_the_model_is_free(kind):
     """EMA and SWA copy the model: the copy runs, feeds no factor and holds no optimizer."""
     model, other = seeded(), seeded()
-    a, b = row.make(model), row.make(other)
+    a, b = kind.make(model), kind.make(other)
     average = AveragedModel(model)
     for i in range(3):
         train(model, a, 1, i)
@@ -534,10 +554,10 @@ def test_copy_of_the_model_is_free(row):
     assert clone(batch(0)[0]).shape == (12, 3)
 
 
-def test_model_pickles(row):
+def test_model_pickles(kind):
     """As with ``torch.save(model)``; the loaded model trains with an optimizer of its own."""
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     train(model, optimizer, 2)
     file = io.BytesIO()
     torch.save(model, file)
@@ -545,13 +565,13 @@ def test_model_pickles(row):
     for loaded in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert same(weights(model), weights(loaded))
         before = factors(optimizer)
-        train(loaded, row.make(loaded), 2)
+        train(loaded, kind.make(loaded), 2)
         assert same(before, factors(optimizer))
 
 
-def test_copy_of_the_optimizer_is_refused(row):
+def test_copy_of_the_optimizer_is_refused(kind):
     """Hooks belong to one model: the message says what to do instead."""
-    optimizer = row.make(seeded())
+    optimizer = kind.make(seeded())
     for copier in (copy.deepcopy, copy.copy, pickle.dumps):
         with pytest.raises(TypeError, match="state_dict"):
             copier(optimizer)
@@ -602,10 +622,10 @@ def test_add_param_group(row):
     assert same(weights(model), weights(other))
 
 
-def test_frozen_layer(row):
+def test_frozen_layer(kind):
     """A layer frozen after wrapping stays as it is, breaks nothing, and can thaw."""
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     train(model, optimizer, 2)
     model.first.requires_grad_(False)
     before = weights(model.first)
@@ -617,33 +637,33 @@ def test_frozen_layer(row):
     assert not same(before, weights(model.first))
 
 
-def test_frozen_from_the_start(row):
+def test_frozen_from_the_start(kind):
     model = seeded()
     model.conv.requires_grad_(False)
     before = weights(model.conv)
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     train(model, optimizer, 3)
     assert same(before, weights(model.conv))
     reasons = {r.parameter: r.reason for r in optimizer.coverage() if not r.preconditioned}
     assert "frozen" in reasons["conv.weight"]
 
 
-def test_frozen_weight_with_a_training_bias(row):
+def test_frozen_weight_with_a_training_bias(kind):
     """The bias alone goes to the base, raw."""
     model = seeded()
     model.first.weight.requires_grad_(False)
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     backward(model, 0)
     raw = model.first.bias.grad.clone()
     optimizer.step()
     assert torch.equal(raw, model.first.bias.grad)
 
 
-def test_unused_layer(row):
+def test_unused_layer(kind):
     """A layer that the loss never meets keeps its weights and gets no gradient."""
     model = seeded(TwoPart)
     model.unused = nn.Linear(5, 5)
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     before = weights(model.unused)
     losses = train(model, optimizer, 3)
     assert same(before, weights(model.unused))
@@ -685,10 +705,6 @@ def test_options_per_group(row):
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def saved_in_process(optimizer):
-    return copy.deepcopy(optimizer.state_dict())
-
-
 def saved_to_file(optimizer):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -696,14 +712,13 @@ def saved_to_file(optimizer):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("save", [saved_in_process, saved_to_file])
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_resume(row, save, steps):
+def test_resume(row, steps):
     """A new model and optimizer, loaded, continue bitwise, before and after the window is full."""
     model, other = seeded(), seeded(seed=1)
     optimizer = row.make(model)
     train(model, optimizer, steps)
-    weights_saved, state = copy.deepcopy(model.state_dict()), save(optimizer)
+    weights_saved, state = copy.deepcopy(model.state_dict()), saved_to_file(optimizer)
     assert set(state) == {"state", "param_groups"}
     expected = train(model, optimizer, 7, steps)
     other.load_state_dict(weights_saved)
@@ -715,10 +730,10 @@ def test_resume(row, save, steps):
     assert same(base_state(optimizer), base_state(resumed))
 
 
-def test_load_goes_back_in_time(row):
+def test_load_goes_back_in_time(kind):
     """Loading into an optimizer in use replaces all of its state, captures included."""
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     train(model, optimizer, 3)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     expected = train(model, optimizer, 4, 3)
@@ -727,10 +742,10 @@ def test_load_goes_back_in_time(row):
     assert train(model, optimizer, 4, 3) == expected
 
 
-def test_loaded_checkpoint_is_not_aliased(row):
+def test_loaded_checkpoint_is_not_aliased(kind):
     """Training on does not change the state dict that was loaded."""
     model = seeded()
-    optimizer = row.make(model)
+    optimizer = kind.make(model)
     train(model, optimizer, 3)
     state = copy.deepcopy(optimizer.state_dict())
     kept = copy.deepcopy(state)
@@ -904,35 +919,35 @@ def test_closing_drops_captures(row):
     assert same(raw, grads(model))
 
 
-def test_second_wrapper_closes_the_first(row):
+def test_second_wrapper_closes_the_first(kind):
     """Rerunning a notebook cell stacks nothing."""
     model, other = seeded(), seeded()
-    first = row.make(model)
+    first = kind.make(model)
     count = hooks(model)
     with pytest.warns(UserWarning, match="closed"):
-        second = row.make(model)
+        second = kind.make(model)
     assert hooks(model) == count
-    assert train(model, second, 3) == train(other, row.make(other), 3)
+    assert train(model, second, 3) == train(other, kind.make(other), 3)
     assert factors(first) == []
 
 
-def test_second_wrapper_over_the_same_base(row):
+def test_second_wrapper_over_the_same_base(kind):
     """The new wrapper takes over the base that the old one has just let go."""
     model = seeded()
-    base = row.base(model.parameters())
-    first = row.over(model, base)
+    base = kind.base(model.parameters())
+    first = kind.over(model, base)
     train(model, first, 2)
     with pytest.warns(UserWarning, match="closed"):
-        second = row.over(model, base)
+        second = kind.over(model, base)
     train(model, second, 2, 2)
     assert second.diagnostics()["mkor/steps"] == 2
 
 
-def test_nothing_keeps_the_optimizer_alive(row):
+def test_nothing_keeps_the_optimizer_alive(kind):
     """Hooks hold it weakly: deleting it takes them off, and the base is left clean."""
     model = seeded()
-    base = row.base(model.parameters())
-    optimizer = row.over(model, base)
+    base = kind.base(model.parameters())
+    optimizer = kind.over(model, base)
     train(model, optimizer, 2)
     reference = weakref.ref(optimizer)
     del optimizer

@@ -29,12 +29,9 @@ EXACT = {
     "DDP first, wrapped as a whole": Case(setup={"order": "whole"}),
     "views into buckets": Case(setup={"gradient_as_bucket_view": True}, every="uneven"),
     "static graph": Case(setup={"static_graph": True}),
-    "accumulation, float32": Case(micro=3, dtype=F32),
     "accumulation": Case(micro=3, every="uneven", steps=LONG),
-    "accumulation, convolutions": Case(ConvNet, micro=2),
-    "other numbers of micro-batches": Case(micro=0, every="uneven"),
+    "other numbers of micro-batches, dropped passes": Case(micro=0, every="uneven", dropped=True),
     "accumulation, always reduced": Case(micro=2, eager_sync=True),
-    "a lonely layer, float32": Case(every="lonely", setup=LONELY, dtype=F32),
     "a lonely layer": Case(every="lonely", setup=LONELY, steps=LONG),
     "a lonely layer, accumulation": Case(every="lonely", setup=LONELY, micro=2),
     "a lonely layer without rows": Case(every="lonely", setup={"touch": True}),
@@ -55,16 +52,18 @@ EXACT = {
     "another number of passes later": Case(micro=1, micro_later=2, every="uneven"),
     "a layer added before a step": Case(added=3),
     "a closure": Case(closure=True),
-    "clipped": Case(clip=True, every="uneven"),
-    "dropped passes": Case(dropped=True, micro=2),
     "every other step": Case(options=WHOLE | {"update_every": 2}, every="uneven"),
     "every third step, accumulation": Case(options=WHOLE | {"update_every": 3}, micro=2),
-    "rescaled each step": Case(options=WHOLE | {"rescale": "step"}),
-    "not rescaled": Case(options=WHOLE | {"rescale": None}, every="uneven"),
     "clipped by kl": Case(options=WHOLE | {"rescale": None, "kl_clip": 1e-4}, every="uneven"),
-    "left side": Case(options=WHOLE | {"sides": "left"}, every="uneven"),
-    "right side": Case(options=WHOLE | {"sides": "right"}, every="uneven"),
-    "output left out": Case(options=WHOLE | {"skip_output": True}, every="uneven"),
+    "left side, rescaled each step": Case(
+        options=WHOLE | {"sides": "left", "rescale": "step"}, every="uneven"
+    ),
+    "right side, not rescaled": Case(
+        options=WHOLE | {"sides": "right", "rescale": None}, every="uneven"
+    ),
+    "output left out, clipped": Case(
+        options=WHOLE | {"skip_output": True}, clip=True, every="uneven"
+    ),
     "a group of its own": Case(setup={"group": True}),
     "dense": Case(wrap=mkor.DenseMKOR, options=DENSE, every="uneven"),
     "dense, exact": Case(
@@ -99,7 +98,6 @@ IN_STEP = {
     ),
     "chunks": Case(options=CHUNKS),
     "chunks, uneven": Case(options=CHUNKS, every="uneven", now_and_then="none"),
-    "chunks, accumulation": Case(options=CHUNKS, micro=2),
     "chunks, a lonely layer": Case(options=CHUNKS, every="lonely", setup=LONELY),
     "chunks, skipped": Case(options=CHUNKS | {"nonfinite": "skip"}, bad=3),
 }
@@ -108,33 +106,26 @@ NAN = {
     "NaN, propagated, KFAC": Case(wrap=mkor.KFAC, options=EVERY | {"damping": 0.1}, bad=4),
 }
 CASES = EXACT | COMPILE | IN_STEP | NAN
-ON_ONE = {"linear", "convolutions", "accumulation", "DDP first", "KFAC", "chunks"}
+ON_ONE = {"linear", "convolutions", "accumulation", "DDP first", "KFAC"}
 """What one process in a group runs, too."""
 ON_THREE = {
     "linear",
     "convolutions, float32",
     "accumulation",
-    "other numbers of micro-batches",
-    "accumulation, always reduced",
+    "other numbers of micro-batches, dropped passes",
     "a lonely layer",
     "only a lonely layer, always reduced",
-    "only a lonely layer, more passes later",
     "heads of their own",
     "uneven last batches",
     "a process without rows, convolutions",
     "a process that never has rows",
-    "every third step, accumulation",
-    "clipped by kl",
-    "output left out",
     "dense",
     "KFAC",
     "Eva",
     "hybrid",
-    "overflow on one process",
     "NaN, skipped",
     "NaN, propagated",
     "chunks, uneven",
-    "chunks, a lonely layer",
 }
 """What three processes run, too; two run everything."""
 

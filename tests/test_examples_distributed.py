@@ -1,17 +1,21 @@
 """The examples of several processes run under torchrun, learn, and continue after being killed."""
 
+import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import uuid
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from processes import HOST, launch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = ("ddp", "fsdp")
@@ -93,33 +97,46 @@ def last_checkpoint(name, folder):
     return saved
 
 
-@pytest.fixture(scope="module", name="undisturbed", params=NAMES)
-def _undisturbed(request, tmp_path_factory):
-    """A run from the start to the end: the example's name, what it printed, its folder."""
+def undisturbed(place, name):
+    """A run from the start to the end, with torchrun's environment but not its restarts."""
+    os.chdir(place.folder)
+    rank, world = str(place.rank), str(place.world)
+    os.environ |= ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(place.store.port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module", name="disturbed", params=NAMES)
+def _disturbed(request, tmp_path_factory):
+    """A run under torchrun, two of whose processes are killed: its name and folder, its prints."""
     folder = tmp_path_factory.mktemp(request.param)
-    printed = torchrun(folder, EXAMPLES / f"{request.param}.py")
-    return request.param, printed, folder
+    script = folder / "disturbed.py"
+    script.write_text(DISTURBED)
+    printed = torchrun(folder, "--max-restarts", 2, script, EXAMPLES / f"{request.param}.py")
+    return request.param, folder, printed
 
 
-def test_runs(undisturbed):
+def test_runs(disturbed):
     """Its last line is ``loss: first -> last``, said by one process."""
-    _, printed, _ = undisturbed
+    _, _, printed = disturbed
     assert len(LOSSES.findall(printed)) == 1
     first, last = map(float, LOSSES.fullmatch(printed.splitlines()[-1]).groups())
     assert last < 0.8 * first
 
 
-def test_killed_processes_change_nothing(undisturbed, tmp_path):
+def test_killed_processes_change_nothing(disturbed, tmp_path):
     """Not in the middle of a step, not in the middle of a checkpoint."""
-    name, printed, folder = undisturbed
-    script = tmp_path / "disturbed.py"
-    script.write_text(DISTURBED)
-    again = torchrun(tmp_path, "--max-restarts", 2, script, EXAMPLES / f"{name}.py")
-    assert again.splitlines()[-1] == printed.splitlines()[-1]
+    name, folder, printed = disturbed
+    said, nothing = launch(undisturbed, 2, tmp_path, name, timeout=SECONDS)
+    assert said.splitlines()[-1] == printed.splitlines()[-1]
+    assert nothing == ""
     torch.testing.assert_close(
-        last_checkpoint(name, tmp_path), last_checkpoint(name, folder), rtol=0, atol=0
+        last_checkpoint(name, folder), last_checkpoint(name, tmp_path), rtol=0, atol=0
     )
-    report = eval((tmp_path / "report").read_text())
+    report = eval((folder / "report").read_text())
     assert report["attempt"] == 2
     assert 60 <= report["taken"] <= 61  # from step 60 on; a set-up step takes none
     halves = {"ddp": "ddp.pt.tmp", "fsdp": "fsdp-checkpoints/unfinished/__0_0.distcp"}

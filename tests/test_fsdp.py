@@ -20,8 +20,6 @@ CHUNKS = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9}
 ONLY_EXTRA = {"skip": ["first", "again", "narrow", "output"]}
 LAYERS = {"children": True}
 SWAPPED = {"order": "MKOR first"}
-STEP = {"rescale": "step"}
-RAW = {"rescale": None}
 
 
 EXACT = {
@@ -29,7 +27,6 @@ EXACT = {
     "linear": Case(setup=LAYERS, steps=LONG),
     "convolutions, float32": Case(ConvNet, dtype=F32, steps=LONG),
     "convolutions": Case(ConvNet, every="uneven", setup=LAYERS, steps=LONG),
-    "transposed, float32": Case(Tokens, dtype=F32, setup=LAYERS),
     "transposed": Case(Tokens, every="uneven", steps=LONG),
     "transposed, one side": Case(Tokens, options=WHOLE | {"sides": "right"}),
     "columns": Case(Small, setup={"columns": True}, every="uneven"),
@@ -38,18 +35,13 @@ EXACT = {
     ),
     "over AdamW": Case(base="adamw", every="uneven"),
     "swapped": Case(setup=SWAPPED, every="uneven"),
-    "each layer on its own": Case(setup=LAYERS, every="uneven"),
     "each layer on its own, swapped": Case(Tokens, setup=SWAPPED | LAYERS, base="adamw"),
-    "not resharded": Case(setup=LAYERS | {"reshard": False}, micro=2),
+    "not resharded, dropped passes": Case(setup=LAYERS | {"reshard": False}, micro=2, dropped=True),
     "replicas": Case(setup={"mesh": "replicas"}, every="uneven"),
-    "replicas, float32": Case(setup={"mesh": "replicas"}, dtype=F32),
     "shards on a 2-D mesh": Case(setup={"mesh": "shards"}, every="uneven"),
-    "shards on a 2-D mesh, convolutions": Case(ConvNet, setup={"mesh": "shards"}),
     "shards on a 2-D mesh, swapped": Case(setup=SWAPPED | {"mesh": "shards"}, micro=2),
-    "accumulation, float32": Case(micro=3, dtype=F32),
     "accumulation": Case(micro=2, every="uneven", setup=LAYERS, steps=LONG),
     "accumulation, always reduced": Case(micro=2, eager_sync=True),
-    "a lonely layer, float32": Case(every="lonely", dtype=F32),
     "a lonely layer": Case(every="lonely", setup=LAYERS, steps=LONG),
     "only a lonely layer": Case(options=WHOLE | ONLY_EXTRA, every="lonely", micro=2),
     "only a lonely layer, always reduced": Case(
@@ -65,13 +57,14 @@ EXACT = {
     "a layer added before a step": Case(added=3),
     "a closure": Case(closure=True),
     "clipped": Case(clip=True, every="uneven"),
-    "dropped passes": Case(dropped=True, micro=2),
     "every other step": Case(options=WHOLE | {"update_every": 2}, every="uneven"),
-    "rescaled each step": Case(options=WHOLE | STEP),
-    "not rescaled": Case(options=WHOLE | RAW, every="uneven"),
     "clipped by kl": Case(options=WHOLE | {"rescale": None, "kl_clip": 1e-4}, every="uneven"),
-    "left side": Case(options=WHOLE | {"sides": "left"}, every="uneven"),
-    "right side": Case(options=WHOLE | {"sides": "right"}, every="uneven"),
+    "left side, rescaled each step": Case(
+        options=WHOLE | {"sides": "left", "rescale": "step"}, every="uneven"
+    ),
+    "right side, not rescaled": Case(
+        options=WHOLE | {"sides": "right", "rescale": None}, every="uneven"
+    ),
     "output left out": Case(options=WHOLE | {"skip_output": True}, every="uneven"),
     "dense": Case(wrap=mkor.DenseMKOR, options=DENSE, every="uneven"),
     "dense, left side": Case(
@@ -121,28 +114,19 @@ ON_THREE = {
     "linear",
     "convolutions",
     "transposed",
-    "columns",
     "swapped",
-    "each layer on its own",
     "replicas",
     "shards on a 2-D mesh",
     "accumulation, always reduced",
-    "a lonely layer",
     "only a lonely layer, always reduced",
     "uneven last batches",
     "a process without rows",
-    "clipped by kl",
-    "output left out",
     "dense",
     "KFAC",
     "Eva",
     "hybrid",
-    "overflow on one process",
     "NaN in one shard, skipped",
-    "NaN in one shard, replicas",
-    "NaN in one shard, propagated",
     "chunks",
-    "mixed precision",
 }
 """What three processes run, too; two run everything."""
 

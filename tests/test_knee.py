@@ -283,6 +283,7 @@ def test_what_is_stored_is_not_run_again(
         return Race(settings, interrupted=True)
 
     monkeypatch.setattr(knee, "run_race", interrupted)
+    monkeypatch.setattr(knee, "draw", lambda _, path: path.touch())
     resume = [*RUN, "--out", str(tmp_path), "--resume"]
     assert knee.main([*resume, *KNOBS]) == 0
     assert seen == []
@@ -310,10 +311,11 @@ def test_an_interruption_keeps_what_is_complete(
         return races[-1]
 
     monkeypatch.setattr(knee, "run_race", second_interrupted)
+    monkeypatch.setattr(knee, "draw", lambda _, path: path.touch())
     assert knee.main([*RUN, *KNOBS, "--out", str(tmp_path)]) == 130
     assert list(read(tmp_path)["knobs"]) == ["rank"]
     assert "rank=64 (default)" in capsys.readouterr().out
-    monkeypatch.undo()
+    monkeypatch.setattr(knee, "run_race", run_race)
     assert knee.main([*RUN, *KNOBS, "--out", str(tmp_path), "--resume"]) == 0
     assert list(read(tmp_path)["knobs"]) == ["rank", "rows"]
 

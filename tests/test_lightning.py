@@ -1,5 +1,6 @@
 """Lightning 2 trains with every optimizer of the library as a plain loop does, to the last bit."""
 
+import functools
 from contextlib import nullcontext
 
 import lightning.pytorch as lightning
@@ -131,8 +132,13 @@ def assert_same_run(first, second):
     assert optimizer.diagnostics()["mkor/updates"] > 0
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_precisions(row, precision):
+# What is below trains all in float32.
+PRECISIONS = [(name, kind) for name in CHOSEN for kind in ("bf16-mixed", "bf16-true")]
+
+
+@pytest.mark.parametrize(("name", "precision"), [*PRECISIONS, ("mkor+adamw", "32-true")])
+def test_precisions(name, precision):
+    row = ROWS[name]
     task, other = Task(row), Task(row)
     if precision == "bf16-true":
         other.bfloat16()
@@ -161,9 +167,9 @@ def test_manual_optimisation(row):
 
 # A resumed run goes on in the folder of the first.
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_resume(row, precision, tmp_path):
+def test_resume(row, tmp_path):
     """From the first epoch's checkpoint, in a new trainer and a model of other weights."""
+    precision = ("32-true", "bf16-mixed")[[ROWS[name] for name in CHOSEN].index(row) % 2]
 
     def fit_and_save(task, resume=None):
         keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -179,9 +185,9 @@ def test_resume(row, precision, tmp_path):
     assert resumed.diagnostics()["mkor/steps"] == 3 * BATCHES // 2
 
 
-def test_second_fit_takes_over(row):
+def test_second_fit_takes_over():
     """``fit`` builds optimizers anew: the first one is closed, and its hooks are gone."""
-    task = Task(row)
+    task = Task(ROWS["mkor+adamw"])
     first = fit(task)
     count = hooks(task)
     with pytest.warns(UserWarning, match="closed"):
@@ -191,18 +197,19 @@ def test_second_fit_takes_over(row):
     assert second.diagnostics()["mkor/steps"] == BATCHES
 
 
-def test_ema(row):
+@pytest.mark.parametrize("name", ["mkor+adamw", "kfac+sgd-momentum"])
+def test_ema(name):
     """Lightning's moving average copies the model and replaces its weights at the end."""
-    task, other = Task(row), Task(row)
+    task, other = Task(ROWS[name]), Task(ROWS[name])
     optimizer = fit(task, callbacks=[EMAWeightAveraging(decay=0.5)])
     expected = plain(other, BATCHES)
     assert same(factors(optimizer), factors(expected))
     assert not same(weights(task), weights(other))
 
 
-def test_swa(row):
+def test_swa():
     """Lightning's stochastic average takes over the schedule and swaps the model's weights."""
-    task, other = Task(row), Task(row)
+    task, other = (Task(ROWS["mkor+adamw"]) for _ in range(2))
     rate = fit(other, 3).param_groups[0]["lr"]
     optimizer = fit(task, 3, callbacks=[StochasticWeightAveraging(rate, swa_epoch_start=1)])
     assert optimizer.diagnostics()["mkor/steps"] == 3 * BATCHES
@@ -220,9 +227,12 @@ def losses_heard(optimizer):
     return entries(optimizer)[0][PREFIX + "losses"].tolist()
 
 
-@pytest.mark.parametrize("callbacks", [[], [MKORCallback]])
-def test_closure_feeds_the_switch(row, callbacks):
+@pytest.mark.parametrize(
+    ("name", "callbacks"), [*((name, []) for name in CHOSEN), ("mkor+adamw", [MKORCallback])]
+)
+def test_closure_feeds_the_switch(name, callbacks):
     """Lightning passes a closure to every step: its loss counts, and counts once."""
+    row = ROWS[name]
     task = Task(row, hybrid=SWITCH)
     optimizer = fit(task, callbacks=[make() for make in callbacks])
     total, count = losses_heard(optimizer)
@@ -245,22 +255,33 @@ def scaled():
     return [MixedPrecision("16-mixed", "cpu", scaler)]
 
 
+WITHOUT_CLOSURE = {
+    "accumulation": (Task, {"accumulate_grad_batches": 3}),
+    "manual": (Manual, {}),
+    "scaler": (Task, {"plugins": scaled}),
+    "manual scaler": (Manual, {"plugins": scaled}),
+}
+
+
+def heard(name, way, **how):
+    kind, options = WITHOUT_CLOSURE[way]
+    how |= {key: value() if callable(value) else value for key, value in options.items()}
+    return losses_heard(fit(kind(ROWS[name], hybrid=SWITCH), **how))
+
+
+@functools.cache
+def heard_without_a_callback(way):
+    return heard("mkor+adamw", way)
+
+
+# In turn: every way meets two optimizers, every optimizer two ways.
 @pytest.mark.parametrize(
-    ("kind", "how"),
-    [
-        (Task, {"accumulate_grad_batches": 3}),
-        (Manual, {}),
-        (Task, {"plugins": scaled}),
-        (Manual, {"plugins": scaled}),
-    ],
-    ids=["accumulation", "manual", "scaler", "manual scaler"],
+    ("name", "way"),
+    [(CHOSEN[(i + j) % 4], way) for i, way in enumerate(WITHOUT_CLOSURE) for j in (0, 1)],
 )
-def test_callback_reports_what_no_closure_does(row, kind, how):
-    how = {key: value() if callable(value) else value for key, value in how.items()}
-    task = kind(row, hybrid=SWITCH)
-    without = losses_heard(fit(kind(row, hybrid=SWITCH), **how))
-    total, count = losses_heard(fit(task, callbacks=[MKORCallback()], **how))
-    assert without[1] < count == BATCHES
+def test_callback_reports_what_no_closure_does(name, way):
+    total, count = heard(name, way, callbacks=[MKORCallback()])
+    assert heard_without_a_callback(way)[1] < count == BATCHES
     assert 0 < total / count < 2
 
 
@@ -302,8 +323,17 @@ def test_scale_set_in_manual_optimisation(row):
     assert_same_run((task, optimizer), (other, plain(other, BATCHES // 2, micro=2)))
 
 
-@pytest.mark.parametrize(("every", "layers"), [(1, True), (2, True), (2, False)])
-def test_callback_logs_to_tensorboard(row, every, layers, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "every", "layers"),
+    [
+        ("mkor+adamw", 1, True),
+        ("dense[exact]+adamw", 2, True),
+        ("kfac+sgd-momentum", 2, False),
+        ("eva+adamw", 1, False),
+    ],
+)
+def test_callback_logs_to_tensorboard(name, every, layers, tmp_path):
+    row = ROWS[name]
     task = Scheduled(row)
     callbacks = [MKORCallback(every, layers), LearningRateMonitor("step", log_momentum=True)]
     logger = TensorBoardLogger(tmp_path)

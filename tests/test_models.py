@@ -227,8 +227,9 @@ def _adapter(request) -> Case:
     return ADAPTERS[request.param]
 
 
+@functools.cache
 def adapt(kind: str, case: Case, only_trained: bool, steps: int):
-    """Train adapters, with all parameters in the base or only those that are trained."""
+    """Adapters trained, with all parameters in the base or only those that are; once each."""
     model, loss = case.build()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = wrap(kind, model, trained if only_trained else None)

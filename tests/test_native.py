@@ -93,17 +93,21 @@ def assert_sums(sums, x, pick, tolerance=1e-6):
 LEADS = [(), (1,), (3,), (9,), (64,), (131,), (5, 3), (2, 3, 4), (16, 4), (3, 50)]
 
 
+WIDTHS = [1, 15, 16, 17, 70]
+
+
 @compiled
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [None, 1, 2, 5, 16])
 def test_rows(width, rows, used):
     kind = describe(nn.Linear(width, width))[0].kind
-    for lead in LEADS:
+    for i, lead in enumerate(LEADS):
         x = torch.randn(*lead, width) + 0.5
-        for update in (0, 1, 7):
-            assert_sums(kind.input_sums, x, Pick(4, rows, update))
-            assert_sums(kind.output_sums, x, Pick(4, rows, update))
-    assert used["side_sums"] == 8 * 3 * len(LEADS)
+        # In turn: every shape meets each update with some width, whatever the rows.
+        update = (0, 1, 7)[(i + WIDTHS.index(width)) % 3]
+        assert_sums(kind.input_sums, x, Pick(4, rows, update))
+        assert_sums(kind.output_sums, x, Pick(4, rows, update))
+    assert used["side_sums"] == 8 * len(LEADS)
 
 
 @compiled
@@ -142,19 +146,20 @@ CONVOLUTIONS = [
 def test_patches(layer, how, sizes, used):
     layer = layer(3, 4, **how)
     kind = describe(layer)[0].kind
-    for images in (1, 2, 4, 7, 13):
+    for i, images in enumerate((1, 2, 4, 7, 13)):
         x = torch.randn(images, 3, *sizes) + 0.5
         with torch.no_grad():
             g = layer(x)
         # Few rows are cut lines, some of them whole images, many of them several images.
-        for rows in (None, 1, 8, 60, 10**4):
-            for update in (0, 1, 5):
-                assert_sums(kind.input_sums, x, Pick(4, rows, update), 2e-6)
-                assert_sums(kind.output_sums, g, Pick(4, rows, update), 2e-6)
+        for j, rows in enumerate((None, 1, 8, 60, 10**4)):
+            # In turn: each number of images and each number of rows meet every update.
+            update = (0, 1, 5)[(i + j) % 3]
+            assert_sums(kind.input_sums, x, Pick(4, rows, update), 2e-6)
+            assert_sums(kind.output_sums, g, Pick(4, rows, update), 2e-6)
     one, alike = (kind.input_sums(image, Pick(4, 8, 1)) for image in (x[0], x[:1]))
     assert torch.equal(one.vectors, alike.vectors)
     if type(layer) is nn.Conv2d:
-        assert used == {"side_sums": 2 * 5 * 15 * 4 + 2}
+        assert used == {"side_sums": 2 * 5 * 5 * 4 + 2}
     else:
         assert not used
 
@@ -415,8 +420,9 @@ RUNS = {
 @in_use
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("make", [Net, plain])
-@pytest.mark.parametrize("bias", [True, False])
-def test_runs(run, make, bias, monkeypatch):
+def test_runs(run, make, monkeypatch):
+    # In turn: every run is one of a model with biases and of one without.
+    bias = (list(RUNS).index(run) + (make is Net)) % 2 == 0
     how = {"rows": 8} | RUNS[run]
     found = trained(make, bias, **how)
     monkeypatch.setattr("mkor.native.loading._kernels", None)
@@ -490,13 +496,6 @@ def test_gradients_without_memory():
     assert not model[0].weight.grad.any()
 
 
-@in_use
-def test_the_best_version_runs(monkeypatch):
-    monkeypatch.delenv("MKOR_NATIVE", raising=False)
-    code = "from mkor import native; print(native.version())"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == f"{VERSIONS[0]}\n"
-
-
 @pytest.mark.skipif(not shutil.which(COMPILER), reason="there is no C compiler")
 @pytest.mark.skipif(os.environ.get("MKOR_NATIVE") == "0", reason="the kernels are switched off")
 def test_kernels_were_compiled():
@@ -516,28 +515,56 @@ def test_large_sums_are_left_to_several_threads(monkeypatch, used):
         assert used["side_sums"] == calls
 
 
-STEP = """
-import torch, mkor, mkor.native
-model = torch.nn.Linear(3, 3)
-optimizer = mkor.MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
-model(torch.ones(40, 3)).sum().backward()
-optimizer.step()
-print(mkor.native.version())
+SETTINGS = [(None, False), ("0", False), ("1", True), *((name, False) for name in VERSIONS if name)]
+"""``MKOR_NATIVE``, and whether the compiled module is missing."""
+STEPS = """
+import os, sys, torch, torch._dynamo
+
+def step(switch, missing):
+    if switch is not None:
+        os.environ["MKOR_NATIVE"] = switch
+    if missing:
+        sys.modules["mkor.native._kernels"] = None
+    import mkor, mkor.native
+    model = torch.nn.Linear(3, 3)
+    optimizer = mkor.MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_output=False)
+    model(torch.ones(40, 3)).sum().backward()
+    optimizer.step()
+    print(mkor.native.version(), flush=True)
+
+assert not any(name.startswith("mkor") for name in sys.modules)
+for setting in SETTINGS:
+    if os.fork() == 0:
+        step(*setting)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"failed: {setting}")
 """
-MISSING = "import sys\nsys.modules['mkor.native._kernels'] = None\n"
 
 
-@pytest.mark.parametrize(("code", "switch"), [(STEP, "0"), (MISSING + STEP, "1")])
-def test_package_works_without_kernels(code, switch):
-    run, environment = [sys.executable, "-c", code], os.environ | {"MKOR_NATIVE": switch}
-    assert subprocess.check_output(run, env=environment, text=True) == "None\n"
+@pytest.fixture(scope="module", name="ran")
+def _ran():
+    """Which version took a step, by setting: in processes of their own, forked from one."""
+    run = [sys.executable, "-c", f"SETTINGS = {SETTINGS!r}\n{STEPS}"]
+    environment = {key: value for key, value in os.environ.items() if key != "MKOR_NATIVE"}
+    found = subprocess.check_output(run, env=environment, text=True).splitlines()
+    return dict(zip(SETTINGS, found, strict=True))
+
+
+@in_use
+@pytest.mark.skipif("MKOR_NATIVE" in os.environ, reason="another version was asked for")
+def test_the_best_version_runs(ran):
+    assert ran[None, False] == VERSIONS[0]
+
+
+@pytest.mark.parametrize("setting", [("0", False), ("1", True)])
+def test_package_works_without_kernels(setting, ran):
+    assert ran[setting] == "None"
 
 
 @compiled
-def test_choosing_a_version(version):
-    environment = os.environ | {"MKOR_NATIVE": version}
-    run = [sys.executable, "-c", STEP]
-    assert subprocess.check_output(run, env=environment, text=True) == f"{version}\n"
+def test_choosing_a_version(version, ran):
+    assert ran[version, False] == version
     assert native.version() == version
     with pytest.raises(ValueError, match="no version 'sse9'"):
         native.loading._kernels.use("sse9")

@@ -103,12 +103,14 @@ def in_loss(model, bad):
     (nn.functional.cross_entropy(model(x), y) * bad).backward()
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize(
-    "where", [in_input, in_every_input, in_activation, in_gradient, in_inner_gradient, in_loss]
-)
-def test_no_factor_changes(row, where, bad):
+PLACES = [in_input, in_every_input, in_activation, in_gradient, in_inner_gradient, in_loss]
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_no_factor_changes(row, where):
     """Whatever is not finite, wherever it is: every factor stays bitwise as it was."""
+    # In turn: every row and every place meet each value.
+    bad = BAD[(PLACES.index(where) + list(ROWS.values()).index(row)) % len(BAD)]
     model = seeded()
     optimizer = row.make(model, nonfinite="skip")
     train(model, optimizer, 3)

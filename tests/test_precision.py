@@ -47,6 +47,17 @@ def _row(request):
     return ROWS[request.param]
 
 
+def in_turn(name, values):
+    """Rows take two values in turn; every kind of curvature meets both, Eva's one row too."""
+    pairs = [(row, v) for row in CHOSEN for v in values]
+    kept = [
+        pytest.param(ROWS[row], v, id=f"{row}-{v}")
+        for row, v in pairs
+        if (CHOSEN.index(row) + values.index(v)) % 2 == 0 or row == "eva+adamw"
+    ]
+    return pytest.mark.parametrize(("row", name), kept)
+
+
 def cosine(first, second):
     first, second = (torch.cat([t.double().flatten() for t in ts]) for ts in (first, second))
     return (first @ second / (first.norm() * second.norm())).item()
@@ -75,7 +86,7 @@ def train_mixed(model, optimizer, dtype, inside="forward", steps=4):
     return losses
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@in_turn("dtype", HALVES)
 def test_autocast(row, dtype):
     """The first preconditioned gradient is that of float32, but for rounding; factors stay wide."""
     model, other = seeded(), seeded()
@@ -91,10 +102,11 @@ def test_autocast(row, dtype):
     assert optimizer.diagnostics()["mkor/raw_gradients"] == 0
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("inside", ["backward", "step"])
-def test_autocast_around_more_than_the_forward_pass(row, dtype, inside):
+def test_autocast_around_more_than_the_forward_pass(row, inside):
     """Backward passes and steps taken inside it, as in a manual loop, compute the same bitwise."""
+    # In turn: every row meets both, and so do both ways.
+    dtype = HALVES[([ROWS[name] for name in CHOSEN].index(row) + (inside == "step")) % 2]
     model, other = seeded(), seeded()
     optimizer, expected = row.make(model), row.make(other)
     losses = train_mixed(model, optimizer, dtype, inside)
@@ -103,7 +115,7 @@ def test_autocast_around_more_than_the_forward_pass(row, dtype, inside):
     assert same(factors(optimizer), factors(expected))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@in_turn("dtype", HALVES)
 def test_low_precision_weights(row, dtype):
     """A model of half-precision weights: the preconditioned gradient keeps its direction."""
     model, other = seeded(dtype=dtype), seeded()
@@ -161,7 +173,7 @@ def test_overflows_leave_no_trace(row):
     assert optimizer.diagnostics()["mkor/refused_updates"] == 0
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
+@in_turn("as_tensor", [False, True])
 def test_told_scale_is_removed(row, as_tensor):
     """``loss_scale`` takes a scale that changes in every step out of what is learned, exactly."""
     model, other = seeded(), seeded()
@@ -233,7 +245,7 @@ def _one_process():
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("wrapped", ["before DDP", "after DDP"])
+@in_turn("wrapped", ["before DDP", "after DDP"])
 def test_accumulation_without_synchronisation(row, wrapped):
     """Micro-batches inside ``no_sync`` count like those outside, under DDP as without it."""
     model, other = seeded(), seeded()
@@ -276,7 +288,7 @@ class Checkpointed(nn.Module):
         return net.output(x)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@in_turn("reentrant", [True, False])
 def test_checkpointing_accumulation_autocast_and_a_penalty(row, reentrant):
     """Together they count what each alone counts."""
     model, other = Checkpointed(), Checkpointed()

@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from cases import UNGROUPED, convolution
 from mkor import MKOR
 from recording import Recorder, Twin, gradients
-
-pytestmark = pytest.mark.usefixtures("both_ways")
 
 F64, F32 = torch.float64, torch.float32
 TOLERANCE = {F64: 1e-10, F32: 1e-4}
@@ -70,10 +68,17 @@ runs = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
+# Kernels serve float32 only; all that is float64 here runs alike with and without them.
+@pytest.mark.parametrize(
+    ("dtype", "both_ways"),
+    [(F64, "kernels"), (F32, "kernels"), (F32, "torch")],
+    ids=["float64", "float32-kernels", "float32-torch"],
+    indirect=["both_ways"],
+)
 @pytest.mark.parametrize("rows", [None, "runs"])
 @given(case=runs)
-def test_linear(case, dtype, rows):
+@settings(max_examples=30)
+def test_linear(case, dtype, rows, both_ways):
     """Random shapes, ranks around the dimension, ages past the window, partly empty updates.
 
     With ``rows`` larger than any batch, rows are cut into runs of neighbours instead of samples.
@@ -159,6 +164,7 @@ def test_convolutions(name):
     )
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_large_and_small_entries():
     """The factors are invariant: neither tiny gradients nor huge inputs need another damping."""
     batches = [[1e4 * micro[0]] for micro in data(6)]
