@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from mkor.bench import races, rules
+from mkor.bench import plot, races, rules
 from mkor.bench.cli import main
 from mkor.bench.contestants import parse_contestants
 from mkor.bench.errors import UsageError
@@ -37,7 +37,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are empty files."""
-    monkeypatch.setattr("mkor.bench.plot.draw", lambda race, path: path.touch())
+    monkeypatch.setattr(plot, "draw", lambda race, path: path.touch())
     monkeypatch.setattr(rules, "draw_task", lambda task, found, around, path: path.touch())
 
 
@@ -174,12 +174,19 @@ def test_an_interruption_keeps_the_races_that_are_complete(
     assert len(times(tmp_path)) == 3
 
 
-@pytest.mark.usefixtures("few")
+def apart_undrawn(plan: Plan, folder: Path, quiet: bool) -> bool:
+    """As ``run_apart``, in a process that draws no pictures either."""
+    plot.draw = lambda race, path: path.touch()
+    return races.run_apart(plan, folder, quiet)
+
+
+@pytest.mark.usefixtures("few", "undrawn")
 def test_races_side_by_side_end_as_they_do_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     forking = Forking()
     monkeypatch.setattr(races, "multiprocessing", forking)
+    monkeypatch.setattr(races, "run_apart", apart_undrawn)
     short = ["--bases", "sgd,adamw", "--tune", "1", "--seeds", "1"]
     assert reproduce(tmp_path / "one", *short) == 0
     assert reproduce(tmp_path / "two", *short, "--jobs", "2") == 0
