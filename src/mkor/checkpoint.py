@@ -305,8 +305,7 @@ def all_parameters(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
     Args:
         groups: Parameter groups.
 
-    Yields:
+    Returns:
         Parameters.
     """
-    for group in groups:
-        yield from group["params"]
+    return chain.from_iterable(group["params"] for group in groups)

@@ -30,6 +30,8 @@ class Preconditioner(Lifecycle):
             A context manager.
         """
         stack = ExitStack()
+        if not torch._C._is_any_autocast_enabled():
+            return stack
         for kind in {batch.shape.device.type for batch in self._watch.batches}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

@@ -7,19 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd import profiler
 
-__all__ = ["is_profiling", "span"]
+__all__ = ["span"]
 
 
 _NOTHING = nullcontext()
-
-
-def is_profiling() -> bool:
-    """Whether ranges are recorded; to be asked where even an empty context takes too long.
-
-    Returns:
-        Whether a profiler is running, and code is not being compiled.
-    """
-    return profiler._is_profiler_enabled and not torch.compiler.is_compiling()
 
 
 def span(name: str) -> AbstractContextManager[object]:
@@ -31,6 +22,6 @@ def span(name: str) -> AbstractContextManager[object]:
     Returns:
         A context manager that does nothing unless a profiler is running.
     """
-    if is_profiling():
+    if profiler._is_profiler_enabled and not torch.compiler.is_compiling():
         return torch.profiler.record_function(name)
     return _NOTHING

@@ -78,14 +78,19 @@ class Layer:
 
         Where processes store parts of them, these are the parts that are stored here.
         """
-        weight = self.weight
+        # In one piece: every layer is asked in every step.
+        held, role = self.holder._parameters, self.role
+        weight: Tensor | None = held.get(role.weight)
+        weight = self.weight if weight is None else weight
         grad = weight.grad
         if grad is None or not weight.requires_grad:
             return None, None
-        bias = self.bias
+        bias: Tensor | None = held.get(role.bias) if self.has_bias else None
+        bias = self.bias if bias is None else bias
         b = None if bias is None else bias.grad
-        grad = local(grad)
-        return grad.mT if self.role.transposed else grad, None if b is None else local(b)
+        if type(grad) is not Tensor:
+            grad, b = local(grad), None if b is None else local(b)
+        return grad.mT if role.transposed else grad, b
 
 
 def _parameter(holder: nn.Module, name: str) -> object:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mkor.native.loading import kernels
+from mkor.native.loading import address, kernels
 
 __all__ = ["check", "count", "finite", "gather", "joint_norms", "ratio", "scatter", "usable"]
 
@@ -23,7 +23,7 @@ def check(meta: Tensor, norms: Tensor, seen: Tensor, finite: Tensor, bad: Tensor
         bad: 0-dim bool, overwritten.
     """
     tensors = (meta, norms, seen, finite, bad)
-    kernels().check(*meta.shape, *(x.data_ptr() for x in tensors))
+    kernels().check(*meta.shape, *map(address, tensors))
 
 
 def count(
@@ -56,7 +56,7 @@ def count(
     """
     N, k = filled.shape
     tensors = (refuse, meta, widths, seen, numbers, filled, accept, fed)
-    return bool(kernels().count(N, k, scale, *(x.data_ptr() for x in tensors)))
+    return bool(kernels().count(N, k, scale, *map(address, tensors)))
 
 
 def usable(
@@ -76,7 +76,7 @@ def usable(
     """
     use, ok = torch.empty_like(seen), torch.empty_like(seen)
     tensors = (updates, seen, finite, norms, use, ok)
-    kernels().usable(len(seen), due, *(x.data_ptr() for x in tensors))
+    kernels().usable(len(seen), due, *map(address, tensors))
     return use, ok
 
 
@@ -107,7 +107,7 @@ def ratio(
     """
     found = torch.empty_like(raw)
     tensors = (average, raw, norm, done, last, all_done, found)
-    whole = kernels().ratio(len(raw), running, momentum, *(x.data_ptr() for x in tensors))
+    whole = kernels().ratio(len(raw), running, momentum, *map(address, tensors))
     return found, bool(whole)
 
 
@@ -123,7 +123,7 @@ def gather(homes: Sequence[Tensor], W: Tensor, b: Tensor | None) -> Tensor:
         ``[B]``, their norms, see :func:`mkor.linalg.joint_norm`.
     """
     norm = W.new_empty(len(W))
-    kernels().gather(*_stack(W, b), tuple(x.data_ptr() for x in homes), norm.data_ptr())
+    kernels().gather(*_stack(W, b), tuple(map(address, homes)), norm.data_ptr())
     return norm
 
 
@@ -136,7 +136,7 @@ def scatter(W: Tensor, b: Tensor | None, ratio: Tensor, homes: Sequence[Tensor])
         ratio: ``[B]``.
         homes: As for :func:`gather`, overwritten.
     """
-    addresses = tuple(x.data_ptr() for x in homes)
+    addresses = tuple(map(address, homes))
     kernels().scatter(*_stack(W, b), addresses, ratio.data_ptr())
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mkor.native.loading import kernels
+from mkor.native.loading import address, kernels
 
 __all__ = ["Side", "remove_bias", "remove_rows", "root", "update_window"]
 
@@ -53,12 +53,8 @@ def update_window(
         *filled.shape,
         state["weights"].shape[1],
         momentum,
-        filled.data_ptr(),
-        accept.data_ptr(),
-        state["updates"].data_ptr(),
-        state["written"].data_ptr(),
-        state["weights"].data_ptr(),
-        tuple((side.sums.shape[2], *(x.data_ptr() for x in side)) for side in sides),
+        *map(address, (filled, accept, state["updates"], state["written"], state["weights"])),
+        tuple([(side.sums.shape[2], *map(address, side)) for side in sides]),
     )
 
 
@@ -77,8 +73,7 @@ def root(gram: Tensor, weights: Tensor, mean_square: Tensor, damping: float, one
     """
     B, r = weights.shape
     A = torch.empty_like(gram)
-    pointers = (x.data_ptr() for x in (gram, weights, mean_square, A))
-    kernels().roots(B, r, damping, one, *pointers)
+    kernels().roots(B, r, damping, one, *map(address, (gram, weights, mean_square, A)))
     return A
 
 
