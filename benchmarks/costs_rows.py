@@ -121,7 +121,7 @@ ALL = (
         64,
         64,
         bars_run(200, 12, SMALL),
-        others([each for each in MLPS_OWN if each != SMALL], 60, 15, profiled=10),
+        others([each for each in MLPS_OWN if each != SMALL], 200, 30, profiled=10),
         depth=16,
     ),
     transformer(64, 4, 8, bars_run(60, 22), others(MODELS_OWN, 20, 28)),
