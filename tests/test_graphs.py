@@ -285,6 +285,16 @@ def test_cosines_are_not_those_of_another_step(graph, monkeypatch):
     assert "mkor/mean_cosine" not in one[1].diagnostics()
 
 
+def test_cosines_come_back_after_loading(graph, monkeypatch):
+    one, _, _ = both(graph, monkeypatch)
+    saved = make()
+    eager(*saved, range(2))
+    load(one, saved)
+    one[1].diagnostics()
+    eager(*one, [7])
+    assert "mkor/mean_cosine" in one[1].diagnostics()
+
+
 class Noting(mkor.Window):
     """Windows that remember which updates they were told of."""
 
@@ -323,9 +333,19 @@ def test_what_a_capture_makes_is_not_remembered(monkeypatch):
     assert made == [1, 2, 2, 2]
 
 
-def test_no_gpu_captures_nothing():
+def test_no_gpu_captures_nothing(monkeypatch):
+    """Nor is the driver asked, which raises where torch was built for GPUs and there is none."""
+
+    def ask():
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", ask)
     assert not mkor.graphs.is_capturing()
     assert not mkor.graphs.is_capturing(torch.ones(2))
+    model, optimizer = make()
+    eager(model, optimizer, range(2))
+    assert optimizer.diagnostics()["mkor/updates"] == 2
 
 
 def test_passes_alone(graph, monkeypatch):

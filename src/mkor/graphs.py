@@ -19,7 +19,8 @@ def is_capturing(tensor: Tensor | None = None) -> bool:
     Returns:
         False wherever there is no GPU.
     """
-    gpu = torch.backends.cuda.is_built() if tensor is None else tensor.is_cuda
+    # Asking the driver raises where there is none; until something runs there, nothing is captured.
+    gpu = torch.cuda.is_initialized() if tensor is None else tensor.is_cuda
     return gpu and bool(torch.cuda.is_current_stream_capturing())
 
 

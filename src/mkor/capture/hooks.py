@@ -108,9 +108,9 @@ class ForwardHook(InertHook):
             output.register_hook(lambda _: search.backward(self.key))
         if site is None or not _trains(module):
             return
-        # What autograd keeps anyway is read with the gradient, the same work twice in a row. The
-        # node that will call the hook holds the graph behind it as well.
-        a: PartSums | Tensor | None = x
+        # Detached: somebody may put other data into the tensor until the backward pass.
+        a: PartSums | Tensor | None = x.detach()
+        # What autograd keeps anyway is read with the gradient, the same work twice in a row.
         if not _is_saved(module, x):
             if not site.kind.fits(x, output):
                 return
@@ -173,11 +173,7 @@ class GradientHook:
         # Several passes at once (`is_grads_batched`) are not training's.
         if type(grad) is Tensor and not torch._C._has_storage(grad):
             return
-        if site.add_call(self, grad, gate.now):
-            return
-        if isinstance(self.a, Tensor):
-            self.a = self.a.detach()
-        if not gate.hold(site, self, grad):
+        if not (site.add_call(self, grad, gate.now) or gate.hold(site, self, grad)):
             self._capture(grad.detach())
 
     def _capture(self, grad: Tensor) -> None:

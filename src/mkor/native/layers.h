@@ -22,7 +22,8 @@ static void check_layers(int64_t N, int64_t width, const float *meta, const floa
 
 /* widths [3, N]: d_out, d_in with the column of ones, whether there is one. numbers [4 + 2k, N] is
    filled with used rows, scales of raw g, mean squares of both sides, then what makes means of the
-   sums of a and of raw g, for each vector by layer; fed is a copy of seen. Returns whether all layers accept all slots. */
+   sums of a and of raw g, for each vector by layer; fed is a copy of seen. Returns whether all
+   layers accept all slots. */
 static int count_layers(int64_t N, int64_t k, float factor, int refuse, const float *meta,
                         const float *widths, const uint8_t *seen, float *numbers, uint8_t *filled,
                         uint8_t *accept, uint8_t *fed) {

@@ -134,7 +134,7 @@ def _norms(some: Gradients, raw: bool) -> Tensor:
 
 
 def _norms_of(gradients: Sequence[Gradients], dtype: torch.dtype) -> Tensor:
-    """Those of one layer each, in one call for all weights and biases where there is no kernel."""
+    """Those of one layer each, in one call for all, by a kernel where that pays for each."""
     blocks = [some.W for some in gradients]
     biases = [some.b for some in gradients if some.b is not None]
     if native.serves(*blocks, *biases) and all(native.pays(W.numel()) for W in blocks):
