@@ -552,7 +552,6 @@ def _ran():
 
 
 @in_use
-@pytest.mark.skipif("MKOR_NATIVE" in os.environ, reason="another version was asked for")
 def test_the_best_version_runs(ran):
     assert ran[None, False] == VERSIONS[0]
 

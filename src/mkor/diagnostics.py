@@ -12,7 +12,7 @@ __all__ = ["gather"]
 
 
 def gather(
-    batches: Iterable[Batch], counters: Mapping[str, int], refused: Tensor
+    batches: Iterable[Batch], counters: Mapping[str, int], refused: Tensor, *, watch: bool = True
 ) -> dict[str, float]:
     """Figures of all layers and their totals; synchronises the device.
 
@@ -20,6 +20,7 @@ def gather(
         batches: The preconditioned layers.
         counters: The optimizer's own, by name.
         refused: ``[2]`` on the CPU, refused updates and raw gradients of layers given up since.
+        watch: Whether cosines are to be measured from now on.
 
     Returns:
         ``layer/figure`` for every layer, and ``mkor/...`` for totals.
@@ -28,7 +29,7 @@ def gather(
     layers: list[dict[str, float]] = []
     for batch in batches:
         refused = refused + batch.refused.sum(1).cpu()
-        for name, numbers in batch.figures().items():
+        for name, numbers in batch.figures(watch).items():
             layers.append(numbers)
             figures |= {f"{name}/{key}": value for key, value in numbers.items()}
     totals = {name: float(value) for name, value in counters.items()}

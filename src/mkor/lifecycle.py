@@ -239,8 +239,6 @@ class Lifecycle:
     def _recount(self) -> None:
         """Let the devices count on from here; the factors of older graphs are not these."""
         self.gate.captured = False
-        for batch in self._watch.batches:
-            batch.captured = False
         self._watch.count(self.updates)
 
     def _begin(self) -> None:

@@ -129,8 +129,6 @@ class Preconditioner(Lifecycle):
             self._watch.advance()
         if captured:
             self.gate.captured = True
-            for batch in self._watch.batches:
-                batch.captured = True
             return
         self.steps += 1
         self.updates += due
@@ -190,4 +188,6 @@ class Preconditioner(Lifecycle):
         counters = {"steps": self.steps, "updates": self.updates, "skipped_steps": skipped_steps}
         if self.switch is not None:
             counters["switched"] = int(self.switched_at is not None)
-        return gather(self._watch.batches, counters, self._refused)
+        # A graph that repeats a step measures what that step measured.
+        watch = not self.gate.captured
+        return gather(self._watch.batches, counters, self._refused, watch=watch)

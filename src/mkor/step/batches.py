@@ -45,7 +45,6 @@ class Batch:
         meta: ``[B, 3 + k]``, see :class:`mkor.capture.site.Site`.
         watched: Whether the inner products of raw and preconditioned gradients are to be measured.
         measured: Whether they were in the last step.
-        captured: Whether a CUDA graph repeats a step: it measures what it did when it was captured.
         last, seen, fed, done, refused: The layers' part of the roster's.
     """
 
@@ -91,7 +90,7 @@ class Batch:
             )
         ]
         self.skipped = [False] * B
-        self.watched = self.measured = self.captured = False
+        self.watched = self.measured = False
         self.roster, self.span = roster, span
         self.last, self.refused = roster.last[:, span], roster.refused[:, span]
         self.seen, self.fed, self.done = roster.seen[span], roster.fed[span], roster.done[span]
@@ -211,13 +210,16 @@ class Batch:
             found["right"] = _with_ones(second, means["right"]) if self.shape.bias else second
         return found
 
-    def figures(self) -> dict[str, dict[str, float]]:
+    def figures(self, watch: bool = True) -> dict[str, dict[str, float]]:
         """Figures of the last step, by layer; synchronises the device.
+
+        Args:
+            watch: Whether cosines are to be measured from now on.
 
         Returns:
             For each layer that is preconditioned, names and numbers.
         """
-        measured, self.watched = self.measured, self.watched or not self.captured
+        measured, self.watched = self.measured, self.watched or watch
         raw, norm, product = self.last.tolist()
         refused = self.refused.tolist()
         extra = {k: v.tolist() for k, v in self.curvature.figures(self.state, self.shape).items()}
