@@ -36,6 +36,8 @@ GRACE = 10.0
 """Seconds that processes have, beside the group's time-out, to notice that another one failed."""
 DEEPEST = 12
 """Frames of a traceback that are shown, the innermost."""
+KEPT: list[dist.ProcessGroup] = []
+"""Groups of a process that runs one case: they end with it."""
 PRELOADED = (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
@@ -88,6 +90,10 @@ class Place:
         )
         yield
         gc.collect()
+        if not name:
+            # What still holds them is freed later, and gloo's destructor then waits, with the
+            # interpreter's lock, for threads that may wait for that lock.
+            KEPT.extend(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()
 
     def meet(self, name: str, well: bool) -> bool:
