@@ -15,13 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mkor import MKOR
-from mkor.bench.errors import UsageError
-from mkor.bench.files import write_record
-from mkor.bench.machine import environment
-from mkor.bench.places import prepare_file
-from mkor.bench.schedule import factor
-from mkor.bench.tasks import Task, batches, held_out_loss, load_task
-from mkor.bench.tasks.text import VOCABULARY
+from mkor.bench.cli import UsageError, prepare_file
+from mkor.bench.race import rate_factor
+from mkor.bench.results import environment, write_record
+from mkor.bench.tasks import VOCABULARY, Task, batches, held_out_loss, load_task
 
 CONTESTANTS = {
     "adamw": None,
@@ -65,7 +62,7 @@ def train(task: Task, options: dict | None, rate: float, seed: int, steps: int) 
     start, stream = time.process_time(), batches(task, seed)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * factor(step, steps, 0.1)
+            group["lr"] = rate * rate_factor(step, steps, 0.1)
         x, y = next(stream)
         task.loss(model(x), y).backward()
         optimizer.step()

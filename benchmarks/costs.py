@@ -1,105 +1,215 @@
-"""What MKOR costs in time and memory, beside every other optimizer: all that the project claims.
+"""The table of docs/performance.md: what a step with MKOR costs over AdamW's, row by row.
 
-Runs `mkor overhead` for one subject after another, each run in a process of its own, with one
-thread, statistics at every step and the contestants in turn:
+    python benchmarks/costs.py --out costs.json
+    python benchmarks/costs.py --rows mlp-64-64,conv-net --against ../older-checkout
 
-    .venv/bin/python benchmarks/costs.py --out docs/results/costs
-    .venv/bin/python benchmarks/costs.py --out docs/results/costs --rows mlp-64-64,conv-net
-    .venv/bin/python benchmarks/costs.py --out docs/results/costs --page-only
-
-A row has up to two runs. The first, with many rounds, has AdamW and MKOR over it alone and gives
-the figures that the bars are about; the second has everyone and gives the comparisons, each within
-its own run. The folder keeps a JSON file of each run, as `mkor overhead --json` writes it;
-`costs.md` and `costs.png` are made of these files and of nothing else. --resume keeps those that
-are there, made for the same subject and contestants (leave it out when the code has changed).
-
-Where work is done only every so many steps, whether it falls on a round is known from the round's
-number: the average over a cycle is made of the median of the rounds with that work and of those
-without, weighted as they occur. The same two medians give KFAC with other numbers of steps between
-inversions, and optimizers that update every 10 steps as they would be at every step.
-
-What is measured is in `costs_rows.py`, how in `costs_runs.py`, what comes of it in
-`costs_figures.py`, and what is shown in `costs_page.py` and `costs_picture.py`.
+Every row is measured in a process of its own, one thread, statistics at every step. With --against
+the row is measured in two such processes in turn, one with the package of this checkout and one
+with that of the other, both with this checkout's `mkor.bench`: a turn here, a turn there. What
+slows a turn slows both contestants of it, so each turn gives a ratio over AdamW's, and each pair
+of turns a ratio of the two ratios, of which median and quartiles are shown. Older checkouts are
+measured without their compiled kernels (MKOR_NATIVE=0).
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from costs_figures import read_all
-from costs_page import page, show
-from costs_picture import draw
-from costs_rows import ALL, ROWS, planned
-from costs_runs import measure_all
-
-from mkor.bench.arguments import names, whole
-from mkor.bench.compare import INTERRUPTED
-from mkor.bench.errors import UnknownNameError, UsageError
-from mkor.bench.places import prepare_folder
+HERE = Path(__file__).resolve().parent.parent
+QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+PLAIN = {"MKOR_NATIVE": "0"}
+PAIR, RANKS = "adamw,mkor+adamw", "adamw,mkor+adamw,mkor[rank=16]+adamw"
+TINY = {"width": 16, "depth": 2, "rows": 32, "batch": 2, "context": 8}
 
 
-def command_of(out: str, *, tiny: bool) -> str:
-    """The command that measures everything; runs have their rounds beside them."""
-    place = Path(out)
-    named = place.as_posix() if not place.is_absolute() and ".." not in place.parts else "FOLDER"
-    return f"python benchmarks/costs.py --out {named}" + (" --tiny" if tiny else "")
+class Row(NamedTuple):
+    """A model with its sizes, who trains it, and how many steps of each make a turn."""
+
+    model: str
+    sizes: dict[str, int]
+    steps: int
+    contestants: str = PAIR
 
 
-def costs(arguments: argparse.Namespace) -> int:
-    wanted = arguments.rows or [row.name for row in ALL if not row.asked_for]
-    for name in wanted:
-        if name not in ROWS:
-            raise UnknownNameError("row", name, ROWS)
-    folder = prepare_folder(arguments.out)
-    assert folder is not None
-    rows = {name: planned(row, arguments) for name, row in ROWS.items()}
-    status = 0
-    if not arguments.page_only:
-        chosen = [row for name, row in rows.items() if name in wanted]
-        try:
-            well = measure_all(chosen, folder, resume=arguments.resume, quiet=arguments.quiet)
-        except KeyboardInterrupt:
-            print("interrupted; the page is made of what is there", file=sys.stderr)
-            status = INTERRUPTED
-        else:
-            status = int(not well)
-    everything = read_all(rows.values(), folder)
-    text = page(everything, command_of(arguments.out, tiny=arguments.tiny), tiny=arguments.tiny)
-    (folder / "costs.md").write_text(text, encoding="utf-8")
-    draw(everything, folder / "costs.png")
-    show(everything, sys.stdout)
-    print(f"written: {folder / 'costs.md'}, {folder / 'costs.png'}")
-    return status
+def mlp(width: int, rows: int, steps: int, depth: int = 4, contestants: str = PAIR) -> Row:
+    return Row("mlp", {"width": width, "depth": depth, "rows": rows}, steps, contestants)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    known = ", ".join(f"{row.name}{' (only if named)' if row.asked_for else ''}" for row in ALL)
-    parser = argparse.ArgumentParser(prog="costs", description=(__doc__ or "").split("\n", 1)[0])
-    add = parser.add_argument
-    add("--out", metavar="DIR", required=True, help="the folder of files, page and picture")
-    add("--rows", type=names, default=[], metavar="A,B", help=f"only these: {known}")
-    add("--rounds", type=whole(1), metavar="N", help="rounds of every run (by row)")
-    add("--resume", action="store_true", help="keep the runs that are in the folder already")
-    add("--page-only", action="store_true", help="measure nothing; page and picture from files")
-    add("--tiny", action="store_true", help="tiny sizes and 2 rounds, to see whether it works")
-    add("--quiet", action="store_true", help="no progress within a run")
-    return parser
+def transformer(width: int, depth: int, batch: int, steps: int) -> Row:
+    sizes = {"width": width, "depth": depth, "batch": batch, "context": 256}
+    return Row("transformer", sizes, steps)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    # Else a run would go on when this is ended.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+ROWS = {
+    "mlp-512-4096": mlp(512, 4096, 5),
+    "mlp-1024-4096": mlp(1024, 4096, 3),
+    "mlp-256-4096": mlp(256, 4096, 12),
+    "mlp-512-1024": mlp(512, 1024, 12),
+    "mlp-64-64": mlp(64, 64, 60, depth=16, contestants=RANKS),
+    "conv-net": Row("conv-net", {"width": 16, "depth": 3, "batch": 64}, 5),
+    "bert-base-block": Row("bert-base-block", {"depth": 1, "batch": 4, "context": 512}, 2),
+    "transformer-256": transformer(256, 2, 8, 4),
+    "transformer-1024": transformer(1024, 1, 4, 2),
+    "transformer-2048": transformer(2048, 1, 4, 1),
+}
+
+
+# ---------------------------------------------------------------------------- a measuring process
+
+
+def serve(row: Row) -> None:
+    """Answers every line "turn" with the ratios of a turn, and "end" with all figures, as JSON."""
+    import mkor
+
+    # This checkout's bench around whichever package is imported.
+    folder = HERE / "src" / "mkor" / "bench"
+    init = folder / "__init__.py"
+    spec = importlib.util.spec_from_file_location(
+        "mkor.bench", init, submodule_search_locations=[str(folder)]
+    )
+    mkor.bench = sys.modules["mkor.bench"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mkor.bench)
+    import torch
+
+    from mkor.bench import overhead
+    from mkor.bench.contestants import parse_contestants
+    from mkor.bench.models import model_subject
+    from mkor.bench.results import plain
+
+    torch.set_num_threads(1)
+    kept = overhead.keep_memory()
+    subject = model_subject(row.model, row.sizes)
+    workers = overhead.prepare(parse_contestants(row.contestants), subject)
+    for line in sys.stdin:
+        if line.strip() != "turn":
+            break
+        overhead.take_turns(workers, row.steps)
+        base, *others = ([m[-1][0] - m[0][0] for m in w.marks[-row.steps :]] for w in workers)
+        ratios = [statistics.median(map(float.__truediv__, own, base)) for own in others]
+        print(json.dumps(ratios), flush=True)
+    timings = overhead.examine(workers, steps=min(overhead.EXAMINED, row.steps))
+    report = plain(overhead.report_of(timings, subject, kept))
+    print(json.dumps(report | {"package": str(Path(mkor.__file__).parent)}), flush=True)
+
+
+class Measuring:
+    """A process that measures a row with the package of a checkout."""
+
+    def __init__(self, name: str, checkout: Path, tiny: bool) -> None:
+        self.package = checkout / "src" / "mkor"
+        if not (self.package / "__init__.py").is_file():
+            raise SystemExit(f"{checkout} is no checkout: it has no src/mkor.")
+        command = [sys.executable, __file__, "--serve", name, *(["--tiny"] if tiny else [])]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | QUIET | PLAIN | {"PYTHONPATH": str(self.package.parent)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.turns: list[list[float]] = []
+
+    def ask(self, what: str):
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit("a measuring process ended before its time; see above.")
+        return json.loads(answer)
+
+    def turn(self) -> None:
+        self.turns.append(self.ask("turn"))
+
+    def end(self) -> dict:
+        report = self.ask("end")
+        if Path(report.pop("package")) != self.package:
+            raise SystemExit(f"another package than that of {self.package} was measured.")
+        return report | {"turns": self.turns}
+
+
+# ---------------------------------------------------------------------------------------- the whole
+
+
+def measure(name: str, checkouts: list[Path], turns: int, tiny: bool) -> list[dict]:
+    """A row's reports, one for each checkout, with the ratios of their turns."""
+    processes: list[Measuring] = []
     try:
-        return costs(arguments)
-    except UsageError as error:
-        print(f"costs: error: {error}", file=sys.stderr)
-        return 2
+        processes += [Measuring(name, checkout, tiny) for checkout in checkouts]
+        for index in range(turns):
+            # Whoever comes first changes.
+            for process in processes if index % 2 else reversed(processes):
+                process.turn()
+        return [process.end() for process in processes]
+    finally:
+        for process in processes:
+            process.process.kill()
+            process.process.communicate()
+
+
+def quartiles(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+
+
+def lines(name: str, reports: list[dict]) -> list[str]:
+    """Lines of the Markdown table, one for each contestant but AdamW."""
+    found = []
+    for index, timing in enumerate(reports[0]["timings"][1:]):
+        cells = [name, f"`{timing['contestant']}`"]
+        for report in reports:
+            own = report["timings"][1 + index]
+            ratios = [turn[index] for turn in report["turns"]]
+            cells += [quartiles(ratios), f"{own['layer_calls']:.1f}", f"{own['waits']:.1f}"]
+        cells.append(f"{timing['extra_memory']:.2%}")
+        if len(reports) > 1:
+            pairs = zip(*(report["turns"] for report in reports), strict=True)
+            cells.append(quartiles([here[index] / there[index] for here, there in pairs]))
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("--rows", help=f"only these: {','.join(ROWS)}")
+    add("--against", type=Path, metavar="CHECKOUT", help="another checkout to compare with")
+    add("--turns", type=int, default=12, help="turns of each row and checkout (12)")
+    add("--out", type=Path, metavar="FILE", help="a JSON file for all figures")
+    add("--tiny", action="store_true", help="tiny sizes, to see whether it works")
+    add("--serve", choices=ROWS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    rows = arguments.rows.split(",") if arguments.rows else list(ROWS)
+    if unknown := sorted(set(rows) - set(ROWS)):
+        parser.error(f"no row {unknown[0]!r}; the rows are {', '.join(ROWS)}")
+    if arguments.tiny:
+        for name, row in ROWS.items():
+            ROWS[name] = row._replace(steps=2, sizes={key: TINY[key] for key in row.sizes})
+    if arguments.serve:
+        serve(ROWS[arguments.serve])
+        return
+    checkouts = [HERE, *([arguments.against.resolve()] if arguments.against else [])]
+    figures = ["time over AdamW's (quartiles)", "calls per layer", "host waits"]
+    headers = ["row", "contestant", *figures, "extra memory"]
+    if arguments.against:
+        headers[-1:] = [*(f"{figure}, other" for figure in figures), headers[-1], "here over other"]
+    print(f"| {' | '.join(headers)} |\n|{' --- |' * len(headers)}", flush=True)
+    record = {}
+    for name in rows:
+        record[name] = measure(name, checkouts, arguments.turns, arguments.tiny)
+        print("\n".join(lines(name, record[name])), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,7 @@
 """One thread, one seed, reproducible examples: a failure here fails everywhere."""
 
 import gc
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -22,6 +23,17 @@ hypothesis.settings.load_profile("stable")
 
 torch.set_num_threads(1)
 
+FOLDER = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of several processes and of frameworks are marked by where they are."""
+    for item in items:
+        folder = item.path.relative_to(FOLDER).parts[0]
+        if folder in ("distributed", "frameworks"):
+            item.add_marker(folder)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections():
@@ -39,22 +51,11 @@ def _fresh_torch():
     torch.set_default_dtype(dtype)
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """No kernels, no values read to take shorter ways, none kept: what runs is what a GPU runs."""
-    monkeypatch.setattr("mkor.native.loading._kernels", None)
-    monkeypatch.setattr("mkor.capture.gate.HELD", 0)
-    monkeypatch.setattr("mkor.linalg.basics.readable", lambda _: False)
-
-
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """Torch's operators do everything, as where the kernels were not compiled."""
-    monkeypatch.setattr("mkor.native.loading._kernels", None)
-
-
-@pytest.fixture(params=["kernels", "torch"])
-def both_ways(request):
-    """Once as the package is installed, once as where the kernels were not compiled."""
-    if request.param == "torch":
-        request.getfixturevalue("without_kernels")
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else None)
+def device(request):
+    """Where a test makes its nets and data: on the CPU, and once more on a GPU if there is one."""
+    if getattr(request, "param", "cpu") == "cpu":
+        yield torch.device("cpu")
+    else:
+        with torch.device("cuda") as found:
+            yield found

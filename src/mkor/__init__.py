@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mkor.combined import Combined
-    from mkor.coverage import Coverage, CoverageRow
+    from mkor.curvature.base import Curvature
     from mkor.curvature.dense import DenseInverse
     from mkor.curvature.eva import RankOne
     from mkor.curvature.kfac import Covariance
     from mkor.curvature.window import Window
     from mkor.hybrid import LossRateSwitch
     from mkor.optimizers import KFAC, MKOR, DenseMKOR, Eva
-    from mkor.preconditioned import Preconditioned
+    from mkor.report import Coverage, CoverageRow
+    from mkor.wrapper import Preconditioned
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Covariance",
     "Coverage",
     "CoverageRow",
+    "Curvature",
     "DenseInverse",
     "DenseMKOR",
     "Eva",
@@ -41,13 +43,14 @@ _HOMES = {
     "MKOR": "mkor.optimizers",
     "Combined": "mkor.combined",
     "Covariance": "mkor.curvature.kfac",
-    "Coverage": "mkor.coverage",
-    "CoverageRow": "mkor.coverage",
+    "Coverage": "mkor.report",
+    "CoverageRow": "mkor.report",
+    "Curvature": "mkor.curvature.base",
     "DenseInverse": "mkor.curvature.dense",
     "DenseMKOR": "mkor.optimizers",
     "Eva": "mkor.optimizers",
     "LossRateSwitch": "mkor.hybrid",
-    "Preconditioned": "mkor.preconditioned",
+    "Preconditioned": "mkor.wrapper",
     "RankOne": "mkor.curvature.eva",
     "Window": "mkor.curvature.window",
 }

@@ -1,33 +1,27 @@
 """The wrapper's own entries in ``optimizer.state``: put in, taken out, saved and loaded.
 
 Every parameter of the optimizer has ``mkor_counters``; weights that have factors have one entry per
-tensor of their state besides. All are views into the batches' buffers, so loading copies into them.
+tensor of their state besides. All are views into the groups' state, so loading copies into them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from mkor.step.batches import Batch
-
-__all__ = [
-    "PREFIX",
-    "VERSION",
-    "Entries",
-    "all_parameters",
-    "counters",
-    "materialized",
-    "read_counters",
-    "split",
-]
+from mkor.step.groups import LayerGroup
 
 PREFIX = "mkor_"
-VERSION = 1
+VERSION = 2
+_OBSOLETE = "_gram"
+"""Ends the names of entries that version 1 kept beside what they follow from."""
+
 _FIELDS = ("version", "steps", "updates", "passes")
 _ANEW = f"remove its entries that begin with {PREFIX} to start the factors anew"
 _NOT_THE_BASES = frozenset(
@@ -37,26 +31,12 @@ _NOT_THE_BASES = frozenset(
 
 
 def counters() -> Tensor:
-    """What every parameter's entry holds.
-
-    Returns:
-        ``[4]`` int64 on the CPU: version of the format, steps, updates, micro-batches a step.
-    """
+    """What every parameter's entry holds."""
     return torch.tensor([VERSION, 0, 0, 1], device="cpu")
 
 
 def read_counters(saved: Mapping[Tensor, Mapping[str, Any]]) -> tuple[int, int, int]:
-    """Read and check what every entry of a checkpoint repeats.
-
-    Args:
-        saved: The wrapper's part of a checkpoint, by parameter; may be empty.
-
-    Returns:
-        Steps, updates and micro-batches a step; those of a new optimizer if there is no entry.
-
-    Raises:
-        ValueError: The checkpoint comes from a newer version, or is damaged.
-    """
+    """Read and check what every entry of a checkpoint repeats."""
     found = next((entry.get(PREFIX + "counters") for entry in saved.values()), counters())
     numbers = found.tolist() if isinstance(found, Tensor) and found.numel() == len(_FIELDS) else [0]
     if numbers[0] < 1:
@@ -73,73 +53,103 @@ def read_counters(saved: Mapping[Tensor, Mapping[str, Any]]) -> tuple[int, int, 
     return steps, updates, passes
 
 
-class Entries:
-    """The wrapper's entries, by parameter.
+class StateEntries:
+    """The wrapper's entries in the base's state, by parameter.
+
+    They are put in when somebody reads the state, and taken out before the base works on it: bases
+    initialise a parameter's state when it is empty, so theirs must be all they see.
 
     Args:
-        batches: The layers with factors.
-        parameters: All parameters of the optimizer.
-        shared: What every parameter's entry holds, by name.
+        base: The optimizer whose state it is.
+
+    Attributes:
+        by_parameter: The entries.
     """
 
-    def __init__(
-        self, batches: Iterable[Batch], parameters: Iterable[Tensor], shared: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
         self.by_parameter: dict[Tensor, dict[str, Tensor]] = {}
-        self._layers: dict[str, Tensor] = {}
-        self._known: set[int] = set()
+        self._weights: dict[str, Tensor] = {}
         self._order: list[int] = []
-        self.widen(parameters, shared)
-        for batch in batches:
-            for i, layer in enumerate(batch.layers):
-                for key, tensor in batch.state.items():
+        # There is something to publish from the first step on.
+        self._begun = self._published = self._ended = False
+
+    def renew(self, groups: Iterable[LayerGroup], shared: Mapping[str, Tensor]) -> None:
+        """Point the entries at the groups' state, which is new or has moved.
+
+        ``shared`` is what every parameter's entry holds, by name.
+        """
+        self.withdraw()
+        self._ended = False
+        self.by_parameter, self._weights, self._order = {}, {}, []
+        self._widen(shared)
+        for group in groups:
+            for i, layer in enumerate(group.layers):
+                for key, tensor in group.state.items():
                     self.by_parameter[layer.weight][PREFIX + key] = tensor[i]
-                self._layers[layer.name] = layer.weight
+                self._weights[layer.name] = layer.weight
 
-    def __len__(self) -> int:
-        return len(self.by_parameter)
-
-    def belong_to(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether these are the parameters that have entries.
-
-        Args:
-            parameters: All parameters of the optimizer.
-
-        Returns:
-            Whether no parameter was added, removed or replaced.
-        """
-        found = list(map(id, parameters))
-        return found == self._order or set(found) == self._known
-
-    def widen(self, parameters: Iterable[Tensor], shared: Mapping[str, Tensor]) -> None:
-        """Give parameters that have no entry yet one without factors.
-
-        Args:
-            parameters: All parameters of the optimizer.
-            shared: What every parameter's entry holds, by name.
-        """
+    def _widen(self, shared: Mapping[str, Tensor]) -> None:
+        """Give parameters that have no entry yet one without factors."""
         common = {PREFIX + key: tensor for key, tensor in shared.items()}
-        for parameter in parameters:
-            self.by_parameter.setdefault(parameter, dict(common))
-            if id(parameter) not in self._known:
-                self._known.add(id(parameter))
+        for parameter in all_parameters(self._base.param_groups):
+            if parameter not in self.by_parameter:
+                self.by_parameter[parameter] = dict(common)
                 self._order.append(id(parameter))
 
-    def put(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Add the entries to an optimizer's state.
+    def belong_to(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether no parameter was added, removed or replaced."""
+        found = list(map(id, parameters))
+        return found == self._order or set(found) == set(self._order)
 
-        Args:
-            state: By parameter.
-        """
+    def begin(self) -> None:
+        """Publish the entries from now on."""
+        self._begun = True
+
+    def publish(self) -> None:
+        """Put the entries into the base's state, which is about to be read."""
+        if self._begun and not self._ended:
+            # Again, if they are there: somebody may have replaced the state since.
+            self._published = True
+            self._put()
+
+    def withdraw(self) -> None:
+        """Take the entries out again, before the base works on its state."""
+        if self._published:
+            self._published = False
+            self._take()
+
+    def end(
+        self, groups: Iterable[LayerGroup] = (), shared: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Publish nothing any more, but in checkpoints the entries of a switched hybrid."""
+        if shared is None:
+            self.withdraw()
+            self.by_parameter, self._weights, self._order = {}, {}, []
+        else:
+            self.renew(groups, shared)
+        self._ended = True
+
+    @contextmanager
+    def saved(self, shared: Mapping[str, Tensor]) -> Iterator[None]:
+        """The entries are in the base's state, even after the switch: a checkpoint keeps them."""
+        hidden = self._ended and len(self.by_parameter) > 0
+        if hidden:
+            self._widen(shared)
+            self._put()
+        try:
+            yield
+        finally:
+            if hidden:
+                self._take()
+
+    def _put(self) -> None:
+        state = self._base.state
         for parameter, entry in self.by_parameter.items():
             state.setdefault(parameter, {}).update(entry)
 
-    def take(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Remove the entries again, and what they leave empty.
-
-        Args:
-            state: By parameter.
-        """
+    def _take(self) -> None:
+        state = self._base.state
         for parameter, entry in self.by_parameter.items():
             present = state.get(parameter)
             if present is None:
@@ -155,16 +165,7 @@ class Entries:
         names: dict[Tensor, str],
         whole: bool = True,
     ) -> None:
-        """Compare a checkpoint with this optimizer before anything is changed.
-
-        Args:
-            saved: The wrapper's part of a checkpoint, by parameter.
-            names: Of parameters, for messages.
-            whole: Whether every factor must be there.
-
-        Raises:
-            ValueError: The checkpoint was written with other settings or for another model.
-        """
+        """Compare a checkpoint with this optimizer before anything is changed."""
         for parameter, entry in self.by_parameter.items():
             other = saved.get(parameter, {})
             name = names.get(parameter, "a parameter")
@@ -186,26 +187,24 @@ class Entries:
                         f"wrote it, or {_ANEW}"
                     )
 
-    def copy_layers(self, before: Entries) -> None:
-        """Copy factors of layers whose weights have been replaced.
+    def snapshot(self) -> tuple[dict[Tensor, dict[str, Tensor]], dict[str, Tensor]]:
+        """The present entries by parameter, and each layer's weight."""
+        return self.by_parameter, self._weights
 
-        Args:
-            before: The entries of the same layers under their former weights.
-        """
+    def take_over(self, before: tuple[dict[Tensor, dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        """Copy the factors of a snapshot, also of layers whose weights have been replaced."""
+        entries, weights = before
+        self.copy_from(entries)
         self.copy_from(
             {
-                weight: before.by_parameter[before._layers[name]]
-                for name, weight in self._layers.items()
-                if name in before._layers and before._layers[name] is not weight
+                weight: entries[weights[name]]
+                for name, weight in self._weights.items()
+                if name in weights and weights[name] is not weight
             }
         )
 
     def copy_from(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Copy factors into the batches; what ``saved`` does not have, or in other shapes, stays.
-
-        Args:
-            saved: Entries by parameter, already checked where they must fit.
-        """
+        """Copy factors into the groups; what ``saved`` lacks, or has in other shapes, stays."""
         for parameter, entry in self.by_parameter.items():
             for key, tensor in saved.get(parameter, {}).items():
                 known = entry.get(key)
@@ -219,18 +218,7 @@ class Entries:
 def split(
     state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
-    """Separate the wrapper's entries of a checkpoint from the base optimizer's.
-
-    Args:
-        state_dict: As ``state_dict()`` makes it; parameters may be numbered or named.
-        groups: The parameter groups of the optimizer that loads it, in the same order.
-
-    Returns:
-        The base's state dict, and the wrapper's entries by parameter.
-
-    Raises:
-        ValueError: It is no optimizer's, the groups differ in size, or it is another base's.
-    """
+    """Separate the wrapper's entries of a checkpoint from the base optimizer's."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f"this is no optimizer's checkpoint, it holds {', '.join(map(str, state_dict))[:200]}: "
@@ -255,7 +243,7 @@ def split(
             base_state[key] = entry
             continue
         theirs = {k: v for k, v in entry.items() if not _is_own(k)}
-        mine = {k: v for k, v in entry.items() if _is_own(k)}
+        mine = {k: v for k, v in entry.items() if _is_own(k) and not k.endswith(_OBSOLETE)}
         if theirs:
             base_state[key] = theirs
         if mine and key in owner:
@@ -283,14 +271,7 @@ def _is_own(key: object) -> bool:
 
 
 def materialized(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Give released factors memory of their own: some checkpoint formats write into a state dict.
-
-    Args:
-        state: The ``state`` of a state dict.
-
-    Returns:
-        The same with contiguous tensors in the wrapper's entries.
-    """
+    """Give released factors memory of their own: some formats write into a state dict."""
     return {
         key: {k: v.contiguous() if _is_own(k) else v for k, v in entry.items()}
         if isinstance(entry, Mapping)
@@ -300,12 +281,5 @@ def materialized(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def all_parameters(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
-    """Every parameter of some groups, in order.
-
-    Args:
-        groups: Parameter groups.
-
-    Returns:
-        Parameters.
-    """
+    """Every parameter of some groups, in order."""
     return chain.from_iterable(group["params"] for group in groups)

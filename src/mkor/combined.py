@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Combined"]
-
 
 class Combined(Optimizer):
     """Steps several optimizers, each on its own parameters, as if they were one.

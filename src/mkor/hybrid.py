@@ -8,7 +8,6 @@ taken so far, so that the rule means the same in a run of a hundred steps and of
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mkor.communication.communicator import Communicator
-
-__all__ = ["LossRate", "LossRateSwitch", "Switch"]
+from mkor._warn import warn
+from mkor.distributed.communicator import Communicator
 
 SILENCE = 10
 """Looks without a loss before a warning."""
@@ -91,16 +89,7 @@ class LossRate:
     low_since: float = 0.0
 
     def after(self, loss: float, step: int, settings: LossRateSwitch) -> LossRate:
-        """Take one mean loss in.
-
-        Args:
-            loss: Mean of the losses since the last look.
-            step: Steps taken.
-            settings: The rule's.
-
-        Returns:
-            What it remembers next.
-        """
+        """Take one mean loss in."""
         n = self.looks + 1
         horizon = max(1.0, settings.smoothing * n)
         fast, fast_age = _average(self.fast, self.fast_age, loss, n, horizon)
@@ -113,14 +102,7 @@ class LossRate:
         return LossRate(n, fast, slow, fast_age, slow_age, best, low_since)
 
     def ended(self, settings: LossRateSwitch) -> bool:
-        """Whether it is time to switch.
-
-        Args:
-            settings: The rule's.
-
-        Returns:
-            Whether the rate has been low for long enough.
-        """
+        """Whether it is time to switch."""
         return self.low_since > 0 and self.looks - self.low_since >= settings.patience * self.looks
 
 
@@ -133,12 +115,7 @@ def _average(
 
 
 class Switch:
-    """Gathers losses without asking the device, and decides the same on every process.
-
-    Args:
-        settings: The rule's.
-        device: Where losses are summed.
-    """
+    """Gathers losses without asking the device, and decides the same on every process."""
 
     def __init__(self, settings: LossRateSwitch, device: torch.device) -> None:
         self.settings = settings
@@ -169,26 +146,12 @@ class Switch:
         self._silent = 0
 
     def ended_in(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Whether a checkpoint was written after the switch.
-
-        Args:
-            saved: The wrapper's part of it, by parameter.
-
-        Returns:
-            Whether it holds the record of a switch that was made.
-        """
+        """Whether a checkpoint was written after the switch."""
         record = next((entry.get("mkor_switch") for entry in saved.values()), None)
         return record is not None and record.shape == self._record.shape and bool(record[-1] >= 0)
 
     def report(self, loss: float | Tensor) -> None:
-        """Add a loss; one that is not finite does not count.
-
-        Args:
-            loss: A number, or a tensor with one.
-
-        Raises:
-            TypeError: It is neither.
-        """
+        """Add a loss; one that is not finite does not count."""
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
             value = loss.detach().reshape(()).to(self._losses, non_blocking=True)
             known = value.isfinite()
@@ -200,16 +163,8 @@ class Switch:
         else:
             raise TypeError(f"a loss is one number or a tensor with one, got {loss!r}")
 
-    def look(self, step: int, communicator: Communicator) -> bool:
-        """Decide, where it is time to look.
-
-        Args:
-            step: Steps taken.
-            communicator: The processes that decide alike.
-
-        Returns:
-            Whether the base goes on alone from now on.
-        """
+    def evaluate(self, step: int, communicator: Communicator) -> bool:
+        """Decide, where it is time to look."""
         if step % self.settings.every:
             return False
         total, count = communicator.sum_small(self._losses.cpu()).tolist()
@@ -228,9 +183,8 @@ class Switch:
         self._silent += 1
         if self._silent >= SILENCE and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"hybrid= is on, but {SILENCE * self.settings.every} steps brought no finite loss: "
                 "pass a closure to step(), or call optimizer.report_loss(loss) after each backward "
-                "pass",
-                stacklevel=9,
+                "pass"
             )

@@ -12,12 +12,11 @@ from mkor.curvature.dense import DenseInverse
 from mkor.curvature.eva import RankOne
 from mkor.curvature.kfac import Covariance
 from mkor.curvature.window import Window
-from mkor.preconditioned import Preconditioned, WrapperOptions
+from mkor.options import WrapperOptions
+from mkor.wrapper import Preconditioned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = ["KFAC", "MKOR", "DenseMKOR", "Eva"]
 
 
 class MKOR(Preconditioned):

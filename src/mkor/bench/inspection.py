@@ -1,4 +1,4 @@
-"""The command `mkor inspect`."""
+"""The command `mkor inspect`: which parameters of a model are preconditioned."""
 
 from __future__ import annotations
 
@@ -9,28 +9,15 @@ import sys
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from .compare import checked_contestants, sizes_of
-from .contestants import Contestant
-from .errors import UsageError
-from .optimizers import build, check
+from .cli import UsageError, sizes_of
+from .contestants import Contestant, build, check, checked_contestants
 from .tasks import TASKS, batches, load_task, new_model
-
-LEARNING_RATE = 1e-3
 
 
 def load_model(place: str) -> nn.Module:
-    """The model that a user's factory returns.
-
-    Args:
-        place: `package.module:factory`, looked for in the working directory too.
-
-    Returns:
-        The model.
-
-    Raises:
-        UsageError: If there is no such thing, or it is no model.
-    """
+    """The model that a user's `package.module:factory` is or returns."""
     module_name, _, attribute = place.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"cannot read {place!r}; write package.module:factory.")
@@ -48,39 +35,25 @@ def load_model(place: str) -> nn.Module:
     return model
 
 
-def task_coverage(contestant: Contestant, name: str, sizes: dict[str, int | None]) -> str:
-    """The coverage of a task's model after one step, when its output layer is known.
+def wrap(contestant: Contestant, model: nn.Module) -> Optimizer:
+    """A contestant's optimizer for a model that is not trained."""
+    return build(contestant, model, 1e-3, 0.0)
 
-    Args:
-        contestant: Whose coverage.
-        name: The task.
-        sizes: Sizes that differ from the task's own.
 
-    Returns:
-        The coverage as text.
-    """
+def after_one_step(contestant: Contestant, name: str, sizes: dict[str, int | None]) -> Optimizer:
+    """A contestant's optimizer on a task after one step, when the output layer is known."""
     task = load_task(name, sizes)
     check(contestant, new_model(task, 0))
     model = new_model(task, 0)
-    optimizer = build(contestant, model, LEARNING_RATE, 0.0)
+    optimizer = wrap(contestant, model)
     inputs, target = next(batches(task, 0))
     torch.autograd.backward(task.loss(model(inputs), target))
     optimizer.step()
-    return str(optimizer.coverage())  # type: ignore[attr-defined]
+    return optimizer
 
 
 def inspect_model(arguments: argparse.Namespace) -> int:
-    """Prints what a wrapper does with a model.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UsageError: If the contestant wraps nothing, or the model cannot be had.
-    """
+    """Runs the command `mkor inspect` and returns the exit status."""
     contestants = checked_contestants(arguments.contestant)
     if len(contestants) != 1 or contestants[0].wrapper is None:
         raise UsageError(
@@ -90,11 +63,14 @@ def inspect_model(arguments: argparse.Namespace) -> int:
     if ":" not in arguments.model:
         if arguments.model not in TASKS and "." in arguments.model:
             raise UsageError(f"{arguments.model!r} lacks its factory: package.module:factory.")
-        print(task_coverage(contestants[0], arguments.model, sizes))
-        return 0
-    if given := [f"--{key}" for key, value in sizes.items() if value is not None]:
-        raise UsageError(f"{', '.join(given)}: sizes are for tasks, not for a factory of yours.")
-    model = load_model(arguments.model)
-    check(contestants[0], model)
-    print(build(contestants[0], model, LEARNING_RATE, 0.0).coverage())  # type: ignore[attr-defined]
+        optimizer = after_one_step(contestants[0], arguments.model, sizes)
+    else:
+        if given := [f"--{key}" for key, value in sizes.items() if value is not None]:
+            raise UsageError(
+                f"{', '.join(given)}: sizes are for tasks, not for a factory of yours."
+            )
+        model = load_model(arguments.model)
+        check(contestants[0], model)
+        optimizer = wrap(contestants[0], model)
+    print(optimizer.coverage())  # type: ignore[attr-defined]
     return 0

@@ -1,1 +1,1 @@
-"""From a running model to sums of a few vectors per layer."""
+"""From a running model to sums: hooks, backward passes, the buffer."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["EagerUntilFound", "OutputSearch"]
+from mkor._torch import backward_pass
 
 
 class OutputSearch:
@@ -32,20 +32,14 @@ class OutputSearch:
         self._opening: set[Hashable] = set()
 
     def forward(self, layer: Hashable, inputs: Iterable[Tensor], output: Tensor) -> None:
-        """Note that a layer ran.
-
-        Args:
-            layer: Its key.
-            inputs: What it computes with.
-            output: What it returned.
-        """
+        """Note that a layer ran."""
         for x in inputs:
             for producer in self._upstream(x):
                 self._fed.setdefault(producer, set()).add(layer)
         node: Any = output.grad_fn
         if node is not None:
             node.metadata[self._mark] = layer
-        if torch._C._current_graph_task_id() == -1:
+        if backward_pass() == -1:
             self._replaying = self._opened = False
             self._opening.clear()
         else:
@@ -54,11 +48,7 @@ class OutputSearch:
                 self._opening.add(layer)
 
     def backward(self, layer: Hashable) -> None:
-        """Note that the loss depends on a layer.
-
-        Args:
-            layer: Its key.
-        """
+        """Note that the loss depends on a layer."""
         # Reentrant checkpointing replays segments in the backward pass, cut off from the rest of
         # the graph. What is reached from then on lies further from the loss, but for the first.
         if self._replaying and layer not in self._opening:
@@ -72,11 +62,7 @@ class OutputSearch:
         return self._reached
 
     def outputs(self) -> set[Hashable]:
-        """The layers that reach the loss through no other layer.
-
-        Returns:
-            Their keys. A layer that only feeds itself (a recurrent use) counts as an output.
-        """
+        """The layers that reach the loss through no other layer than themselves."""
         return {
             layer
             for layer in self._reached - self._not_last

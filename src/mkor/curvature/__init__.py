@@ -1,1 +1,1 @@
-"""Curvatures: how a layer's statistics become a preconditioner."""
+"""Kinds of factors: how a layer's statistics become a preconditioner."""

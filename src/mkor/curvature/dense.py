@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
-from mkor.curvature.contract import BatchShape, Block, OneByOne, Statistics
-from mkor.curvature.explicit import (
+from mkor.curvature.base import (
+    Curvature,
+    State,
+    Statistics,
     apply_inverses,
-    complete_inverses,
+    check_counts,
+    check_dtype,
+    check_fraction,
+    check_positive,
     identities,
-    inverse_cost,
-    place_block,
+    zeros,
 )
-
-__all__ = ["RULES", "DenseInverse", "Rule", "rule_of"]
+from mkor.layers.layer import GroupShape
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,8 @@ def rule_of(name: str, gamma: float) -> Rule:
 
     ``"exact"`` is Sherman-Morrison of ``gamma S + (1-gamma) v v^T``. ``"paper"`` is Algorithm 1,
     lines 7-8, as printed: the sign is plus, so it amplifies along ``v``. ``"release"`` is the
-    authors' code.
-
-    Args:
-        name: One of :data:`RULES`.
-        gamma: Momentum.
-
-    Returns:
-        Its numbers. With ``B = gamma H`` the printed term's ``H v`` is ``B v / gamma``, hence the
-        fourth power.
+    authors' code. With ``B = gamma H`` the printed term's ``H v`` is ``B v / gamma``, hence the
+    fourth power.
     """
     new = 1 - gamma
     return {
@@ -68,7 +63,7 @@ def rule_of(name: str, gamma: float) -> Rule:
 
 
 @dataclass(frozen=True)
-class DenseInverse(OneByOne):
+class DenseInverse(Curvature):
     """Explicit inverses by rank-1 updates (the paper, Algorithm 1, lines 5-8).
 
     State, per side: ``inverse [B, d, d]``, symmetric to the last bit, the identity at first; for
@@ -103,7 +98,6 @@ class DenseInverse(OneByOne):
     zeta: float = 0.4
     factor_dtype: torch.dtype | None = None
     gathers: ClassVar[bool] = True
-    covariance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -114,27 +108,14 @@ class DenseInverse(OneByOne):
             check_positive(self, "epsilon")
         check_dtype(self.factor_dtype)
 
-    def init(self, shape: BatchShape) -> dict[str, Tensor]:
-        """Allocate identities.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The state.
-        """
+    def init(self, shape: GroupShape) -> State:
+        """Identities."""
         dtype = self.factor_dtype or shape.dtype
-        updates = torch.zeros(shape.layers, dtype=torch.int64, device=shape.device)
         inverses = {f"{side}_inverse": identities(shape, side, dtype) for side in shape.sides}
-        return {"updates": updates, **inverses}
+        return {"updates": zeros(shape, dtype=torch.int64), **inverses}
 
-    def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
-        """Stabilize, decay, and add the new vectors' terms.
-
-        Args:
-            state: Changed in place; layers that do not accept stay as they are.
-            statistics: Of this update.
-        """
+    def update(self, state: State, statistics: Statistics) -> None:
+        """Stabilize, decay, and add the new vectors' terms."""
         accept, filled = statistics.accept, statistics.filled
         use = filled & accept.unsqueeze(1)
         made = filled.sum(1).clamp(min=1)[:, None, None]
@@ -175,82 +156,12 @@ class DenseInverse(OneByOne):
         added = torch.where(accept, decay * (1 - keep) + shift, 0.0)
         H.mul_(scale[:, None, None]).diagonal(dim1=1, dim2=2).add_(added.unsqueeze(1))
 
-    def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """The inverses themselves.
+    def apply(self, prepared: State, M: Tensor, ok: Tensor) -> Tensor:
+        """``L^-1 M R^-1`` in place."""
+        return apply_inverses(prepared, M, ok)
 
-        Args:
-            state: The factors.
-            shape: Of the batch of layers.
-
-        Returns:
-            By side, ``[B, d, d]``.
-        """
-        return {side: state[f"{side}_inverse"] for side in shape.sides}
-
-    def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
-        """``L^-1 [W b] R^-1`` in place.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, d_out, d_in]``, the weight's gradient.
-            b: ``[B, d_out]``, the bias's gradient, or None.
-            ok: ``[B]`` bool; other layers stay as they are.
-
-        Returns:
-            ``ok`` less the layers whose product is not finite.
-        """
-        return apply_inverses(prepared, W, b, ok)
-
-    def project(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
-    ) -> Tensor:
-        """The whole gradient, of which a block is here.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, rows, columns]``, the block of the weight's gradient.
-            b: ``[B, bias]``, that of the bias's gradient, or None.
-            block: Which part of the layers they are.
-
-        Returns:
-            ``[B, n]``, to be summed over the blocks.
-        """
-        return place_block(W, b, block)
-
-    def complete(
-        self,
-        prepared: dict[str, Tensor],
-        W: Tensor,
-        b: Tensor | None,
-        projected: Tensor,
-        ok: Tensor,
-        block: Block,
-    ) -> Tensor:
-        """The block of what :meth:`apply` makes of the whole, in place.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, rows, columns]``.
-            b: ``[B, bias]``, or None.
-            projected: ``[B, n]``, summed over the blocks.
-            ok: ``[B]`` bool; other layers stay as they are.
-            block: Which part of the layers they are.
-
-        Returns:
-            ``ok`` less the layers whose products may not be finite.
-        """
-        return complete_inverses(prepared, W, b, projected, ok, block)
-
-    def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """The stabilizer's norm and the trace of each side.
-
-        Args:
-            state: The factors.
-            shape: Of the batch of layers.
-
-        Returns:
-            ``{side}_largest_entry`` and ``{side}_mean_eigenvalue``, each ``[B]``.
-        """
+    def diagnostics(self, state: State, shape: GroupShape) -> State:
+        """``{side}_largest_entry``, the stabilizer's norm, and ``{side}_mean_eigenvalue``."""
         figures = {}
         for side in shape.sides:
             H = state[f"{side}_inverse"]
@@ -258,28 +169,6 @@ class DenseInverse(OneByOne):
             mean = H.diagonal(dim1=1, dim2=2).to(shape.dtype).mean(1)
             figures[f"{side}_mean_eigenvalue"] = mean
         return figures
-
-    def kept(self, shape: BatchShape) -> int:
-        """The full width: nothing is truncated.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The larger side's width.
-        """
-        return max(shape.full_width(side) for side in shape.sides)
-
-    def cost(self, shape: BatchShape) -> int:
-        """Operations of preconditioning one layer.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The number of floating-point operations.
-        """
-        return inverse_cost(shape)
 
 
 def _least(dtype: torch.dtype) -> float:

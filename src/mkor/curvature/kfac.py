@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.curvature.checks import check_counts, check_fraction, check_positive
-from mkor.curvature.contract import SIDES, BatchShape, Block, OneByOne, Statistics
-from mkor.curvature.explicit import (
+from mkor.curvature.base import (
+    Inverting,
+    State,
+    Statistics,
     apply_inverses,
-    complete_inverses,
+    check_counts,
+    check_fraction,
+    check_positive,
     identities,
-    inverse_cost,
-    place_block,
+    zeros,
 )
-
-__all__ = ["Covariance"]
+from mkor.layers.layer import SIDES, GroupShape
 
 GROWTH = 10.0
 """A failed factorisation multiplies a layer's damping by this; each success halves it again."""
@@ -29,7 +30,7 @@ MOST = 1e12
 
 
 @dataclass(frozen=True)
-class Covariance(OneByOne):
+class Covariance(Inverting):
     """Kronecker factors from full covariances (Martens & Grosse 2015; Pauloski et al. 2021).
 
     ``A`` and ``G`` are averages of ``a a^T`` and ``g g^T`` over all rows, with momentum, corrected
@@ -62,10 +63,8 @@ class Covariance(OneByOne):
     inverse_every: int = 1
     pi_correction: bool = False
     grad_worker_fraction: float = 1.0
-    vectors: ClassVar[int] = 1
-    rows: ClassVar[int | None] = None
-    gathers: ClassVar[bool] = False
     covariance: ClassVar[bool] = True
+    joined: ClassVar[tuple[str, ...]] = ("damping_factor", "inverted")
 
     def __post_init__(self) -> None:
         check_counts(self, "inverse_every")
@@ -79,63 +78,31 @@ class Covariance(OneByOne):
         if not isinstance(self.pi_correction, bool):
             raise TypeError(f"pi_correction must be True or False, got {self.pi_correction!r}")
 
-    def init(self, shape: BatchShape) -> dict[str, Tensor]:
-        """Allocate empty covariances and identities.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The state.
-
-        Raises:
-            ValueError: The pi-correction has only one side.
-        """
+    def init(self, shape: GroupShape) -> State:
+        """Empty covariances and identities."""
         if self.pi_correction and shape.sides != SIDES:
             raise ValueError("pi_correction balances two sides: use sides='both' or turn it off")
         state = {
-            "updates": torch.zeros(shape.layers, dtype=torch.int64, device=shape.device),
-            "damping_factor": torch.ones(shape.layers, dtype=shape.dtype, device=shape.device),
-            "inverted": torch.zeros(shape.layers, dtype=torch.bool, device=shape.device),
+            "updates": zeros(shape, dtype=torch.int64),
+            "damping_factor": zeros(shape) + 1,
+            "inverted": zeros(shape, dtype=torch.bool),
         }
         for side in shape.sides:
             state[f"{side}_inverse"] = identities(shape, side, shape.dtype)
             state[f"{side}_covariance"] = torch.zeros_like(state[f"{side}_inverse"])
         return state
 
-    def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
-        """Average the covariances; their inverses wait for :meth:`renew`.
-
-        Args:
-            state: Changed in place; the averages of layers that do not accept stay as they are.
-            statistics: Of this update.
-        """
-        accept = statistics.accept
-        use = accept[:, None, None]
+    def update(self, state: State, statistics: Statistics) -> None:
+        """Average the covariances; their inverses wait for :meth:`renew`."""
+        accept = statistics.accept[:, None, None]
         for side, new in statistics.covariance.items():
             average = state[f"{side}_covariance"]
-            weight = use.to(average.dtype) * (1 - self.momentum)
-            average.lerp_(torch.where(use, new, 0.0), weight)
-        state["updates"] += accept
+            weight = accept.to(average.dtype) * (1 - self.momentum)
+            average.lerp_(torch.where(accept, new, 0.0), weight)
+        state["updates"] += statistics.accept
 
-    def due(self, update: int) -> bool:
-        """Whether inverses are to be renewed with an update.
-
-        Args:
-            update: Updates of the optimizer before it.
-
-        Returns:
-            Whether it is time.
-        """
-        return update % self.inverse_every == 0
-
-    def renew(self, state: dict[str, Tensor], where: Tensor) -> None:
-        """Invert the averages, without synchronising the device.
-
-        Args:
-            state: Changed in place.
-            where: ``[B]`` bool, the layers it is for; they must have taken an update.
-        """
+    def renew(self, state: State, where: Tensor) -> None:
+        """Invert the averages."""
         factor = state["damping_factor"]
         steps = linalg.bias_correction(state["updates"], self.momentum, factor.dtype)
         sides = [side for side in SIDES if f"{side}_covariance" in state]
@@ -152,42 +119,25 @@ class Covariance(OneByOne):
         factor.copy_(torch.where(where, changed, factor))
         state["inverted"] |= where & good
 
-    def shared(self, state: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """What :meth:`renew` changes.
-
-        Args:
-            state: The factors.
-
-        Returns:
-            Of one dtype: the inverses; and what is known of them on every process, small.
-        """
+    def results(self, state: State) -> tuple[list[Tensor], list[Tensor]]:
+        """What :meth:`renew` changes: inverses of one dtype, and the status of each layer."""
         inverses = [tensor for key, tensor in state.items() if key.endswith("_inverse")]
         return inverses, [state["damping_factor"], state["inverted"]]
 
-    def without_inverses(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a process that leaves the layers to others.
-
-        Args:
-            state: The factors.
-
-        Returns:
-            The same keys and shapes; zeros without memory for the inverses.
-        """
+    def without_inverses(self, state: State) -> State:
+        """The same keys and shapes; zeros without memory for the inverses."""
         return {
             key: tensor.new_zeros(()).expand(tensor.shape) if key.endswith("_inverse") else tensor
             for key, tensor in state.items()
         }
 
-    def recover(self, state: dict[str, Tensor]) -> None:
+    def recover(self, state: State) -> None:
         """Invert anew after loading what the process that wrote the state left to others.
 
         Averages are still those of the checkpoint, so the inverses are the lost ones if they were
         renewed in its last update. The damping stays: other processes have nothing to invert.
-
-        Args:
-            state: As it was loaded; changed in place.
         """
-        inverses, _ = self.shared(state)
+        inverses, _ = self.results(state)
         # The diagonal of an inverse is positive. A checkpoint may mix tensors of several processes.
         empty = [(H.diagonal(dim1=1, dim2=2) == 0).all(1) for H in inverses]
         lost = state["inverted"] & torch.stack(empty).any(0)
@@ -197,7 +147,7 @@ class Covariance(OneByOne):
             self.renew(state, lost)
             state["damping_factor"].copy_(damping_factor)
 
-    def _dampings(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _dampings(self, averages: State) -> State:
         scale = {side: S.diagonal(dim1=1, dim2=2).mean(1) for side, S in averages.items()}
         if not self.pi_correction:
             return {side: torch.full_like(mean, self.damping) for side, mean in scale.items()}
@@ -206,86 +156,12 @@ class Covariance(OneByOne):
         root = self.damping**0.5
         return {"right": pi * root, "left": root / pi}
 
-    def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """The inverses themselves.
+    def apply(self, prepared: State, M: Tensor, ok: Tensor) -> Tensor:
+        """``(G + lambda I)^-1 M (A + lambda I)^-1`` in place, where there is an inverse."""
+        return apply_inverses(prepared, M, ok & prepared["inverted"])
 
-        Args:
-            state: The factors.
-            shape: Of the batch of layers.
-
-        Returns:
-            By side, ``[B, d, d]``; and ``inverted [B]``.
-        """
-        inverses = {side: state[f"{side}_inverse"] for side in shape.sides}
-        return {**inverses, "inverted": state["inverted"]}
-
-    def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
-        """``(G + lambda I)^-1 [W b] (A + lambda I)^-1`` in place.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, d_out, d_in]``, the weight's gradient.
-            b: ``[B, d_out]``, the bias's gradient, or None.
-            ok: ``[B]`` bool; other layers stay as they are.
-
-        Returns:
-            ``ok`` less the layers without an inverse, or whose product is not finite.
-        """
-        inverses = {side: prepared[side] for side in SIDES if side in prepared}
-        return apply_inverses(inverses, W, b, ok & prepared["inverted"])
-
-    def project(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
-    ) -> Tensor:
-        """The whole gradient, of which a block is here.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, rows, columns]``, the block of the weight's gradient.
-            b: ``[B, bias]``, that of the bias's gradient, or None.
-            block: Which part of the layers they are.
-
-        Returns:
-            ``[B, n]``, to be summed over the blocks.
-        """
-        return place_block(W, b, block)
-
-    def complete(
-        self,
-        prepared: dict[str, Tensor],
-        W: Tensor,
-        b: Tensor | None,
-        projected: Tensor,
-        ok: Tensor,
-        block: Block,
-    ) -> Tensor:
-        """The block of what :meth:`apply` makes of the whole, in place.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, rows, columns]``.
-            b: ``[B, bias]``, or None.
-            projected: ``[B, n]``, summed over the blocks.
-            ok: ``[B]`` bool; other layers stay as they are.
-            block: Which part of the layers they are.
-
-        Returns:
-            ``ok`` less the layers without an inverse, or whose products may not be finite.
-        """
-        inverses = {side: prepared[side] for side in SIDES if side in prepared}
-        ok = ok & prepared["inverted"]
-        return complete_inverses(inverses, W, b, projected, ok, block)
-
-    def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """Mean eigenvalue of each covariance, and what failures made of the damping.
-
-        Args:
-            state: The factors.
-            shape: Of the batch of layers.
-
-        Returns:
-            ``{side}_mean_eigenvalue`` and ``damping_factor``, each ``[B]``.
-        """
+    def diagnostics(self, state: State, shape: GroupShape) -> State:
+        """``{side}_mean_eigenvalue`` of each covariance, and what failures made of the damping."""
         steps = linalg.bias_correction(state["updates"], self.momentum, shape.dtype)
         figures = {
             f"{side}_mean_eigenvalue": state[f"{side}_covariance"].diagonal(dim1=1, dim2=2).mean(1)
@@ -293,25 +169,3 @@ class Covariance(OneByOne):
             for side in shape.sides
         }
         return {**figures, "damping_factor": state["damping_factor"]}
-
-    def kept(self, shape: BatchShape) -> int:
-        """The full width: nothing is truncated.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The larger side's width.
-        """
-        return max(shape.full_width(side) for side in shape.sides)
-
-    def cost(self, shape: BatchShape) -> int:
-        """Operations of preconditioning one layer.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The number of floating-point operations.
-        """
-        return inverse_cost(shape)

@@ -4,8 +4,7 @@ After ``t`` updates a side is ``S = lambda I + sum_i w_i v_i v_i^T`` over the wi
 ``w_i = (1-gamma) gamma^age / (k_i (1-gamma^t))``. With the ``v_i`` as rows of ``V [r, d]``, with
 ``s_i = sqrt(w_i / lambda)`` and the Cholesky factor ``K K^T = I + diag(s) V V^T diag(s)``, its
 inverse is ``(I - U^T U) / lambda`` for ``U = K^-1 diag(s) V``; the constant ``1/lambda`` is
-dropped. The window is a ring buffer; its Gram matrix ``V V^T`` is kept up to date: an update costs
-``2 k r d`` operations.
+dropped. The window is a ring: the newest vectors come in over the oldest, the others lose weight.
 """
 
 from __future__ import annotations
@@ -19,26 +18,31 @@ import torch
 from torch import Tensor
 
 from mkor import linalg
-from mkor.curvature.blocks import complete_window, project_window
-from mkor.curvature.checks import check_counts, check_dtype, check_fraction, check_positive
-from mkor.curvature.contract import BatchShape, Block, Statistics
-from mkor.curvature.ring import turn
-
-__all__ = ["Window"]
-
-TOGETHER = 1 << 20
-"""Most entries of ``r x r`` matrices factored together, unless one batch alone has more."""
+from mkor.curvature.base import (
+    Curvature,
+    Factors,
+    State,
+    Statistics,
+    alone,
+    check_counts,
+    check_dtype,
+    check_fraction,
+    check_positive,
+    own_part,
+    zeros,
+)
+from mkor.layers.layer import SIDES, Block, GroupShape
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Curvature):
     """Window factors.
 
-    State, per side: ``rows [B, r, d]`` (``v_i``), ``gram [B, r, r]`` (``V V^T``, without the ones
-    of a bias) and ``mean_square [B]`` (running, not bias-corrected). For both sides:
-    ``weights [B, r]`` (``(1-gamma) gamma^age / k_i``), ``updates [B]`` (``t``) and
-    ``written [B]`` (vectors so far). With float16, also per side ``scale [B, r]``: rows are stored
-    over their largest entry, since gradients may lie below what float16 can hold.
+    State, per side: ``rows [B, r, d]`` (``v_i``, without the ones of a bias) and
+    ``mean_square [B]`` (running, not bias-corrected). For both sides: ``weights [B, r]``
+    (``(1-gamma) gamma^age / k_i``), ``updates [B]`` (``t``) and ``written [B]`` (vectors so far).
+    With float16, also per side ``scale [B, r]``: rows are stored over their largest entry, since
+    gradients may lie below what float16 can hold.
 
     Attributes:
         rank: Vectors per side, ``r``.
@@ -60,7 +64,11 @@ class Window:
     damping: float = 0.02
     factor_dtype: torch.dtype | None = None
     gathers: ClassVar[bool] = True
-    covariance: ClassVar[bool] = False
+    joined: ClassVar[tuple[str, ...]] = (
+        "written",
+        "weights",
+        *(f"{side}_{key}" for side in SIDES for key in ("mean_square", "scale")),
+    )
 
     def __post_init__(self) -> None:
         check_counts(self, "rank", "vectors", "rows")
@@ -73,244 +81,219 @@ class Window:
         check_positive(self, "damping")
         check_dtype(self.factor_dtype)
 
-    def init(self, shape: BatchShape) -> dict[str, Tensor]:
-        """Allocate an empty window.
-
-        Args:
-            shape: Of the batch of layers.
-
-        Returns:
-            The state.
-        """
-        B, r = shape.layers, self.rank
-
-        def zeros(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
-            return torch.zeros(*size, dtype=dtype, device=shape.device)
-
+    def init(self, shape: GroupShape) -> State:
+        """Empty windows."""
+        r = self.rank
         state = {
-            "updates": zeros(B, dtype=torch.int64),
-            "written": zeros(B, dtype=torch.int64),
-            "weights": zeros(B, r),
+            "updates": zeros(shape, dtype=torch.int64),
+            "written": zeros(shape, dtype=torch.int64),
+            "weights": zeros(shape, r),
         }
         for side in shape.sides:
-            width = shape.width(side)
-            state[f"{side}_rows"] = zeros(B, r, width, dtype=self.factor_dtype or shape.dtype)
-            state[f"{side}_gram"] = zeros(B, r, r)
-            state[f"{side}_mean_square"] = zeros(B)
+            state[f"{side}_rows"] = zeros(shape, r, shape.width(side), dtype=self.factor_dtype)
+            state[f"{side}_mean_square"] = zeros(shape)
             if self.factor_dtype == torch.float16:
-                state[f"{side}_scale"] = zeros(B, r)
+                state[f"{side}_scale"] = zeros(shape, r)
         return state
 
-    def update(self, state: dict[str, Tensor], statistics: Statistics) -> None:
-        """Write the new vectors over the oldest and let the others age.
+    # ---------------------------------------------------------------------------------- update
 
-        Args:
-            state: Changed in place; layers that do not accept stay as they are.
-            statistics: Of this update.
-        """
-        self.update_all([(state, statistics)])
+    def update(self, state: State, statistics: Statistics) -> None:
+        """Write the new vectors over the oldest and let the others lose weight."""
+        self.update_all(alone(state), statistics, [(0, statistics)])
 
-    def update_all(self, pairs: Iterable[tuple[dict[str, Tensor], Statistics]]) -> None:
-        """:meth:`update` for batches of several shapes; what is small is done for all at once.
+    def update_all(
+        self, factors: Factors, whole: Statistics, each: Iterable[tuple[int, Statistics]]
+    ) -> None:
+        """:meth:`update` of all groups; what is a number or a row per layer, in one for all."""
+        joined, accept = factors.joined, whole.accept
+        places, new = self._decay_weights(joined, whole)
+        for side, square in whole.mean_square.items():
+            average = joined[f"{side}_mean_square"]
+            moved = linalg.momentum_average(average, square, self.momentum)
+            average.copy_(torch.where(accept, moved, average))
+        joined["updates"] += accept
+        numbers = (places + self.rank * factors.positions.unsqueeze(1)).flatten()
+        sizes, k = factors.sizes, places.shape[1]
+        slots = list(
+            zip(
+                places.split(sizes),
+                numbers.split([k * size for size in sizes]),
+                new.view(-1, 1).split([k * size for size in sizes]),
+                strict=True,
+            )
+        )
+        for i, statistics in each:
+            for side, vectors in statistics.vectors.items():
+                _push(factors.groups[i], side, vectors, *slots[i])
 
-        Args:
-            pairs: Each batch's state, changed in place, and its statistics; all have as many slots.
-        """
-        turn(list(pairs), self.momentum)
+    def _decay_weights(self, joined: State, whole: Statistics) -> tuple[Tensor, Tensor]:
+        """``[N, k]``: where in its ring each slot's vector goes, and whether there is one."""
+        written, weights = joined["written"], joined["weights"]
+        filled, accept = whole.filled, whole.accept.unsqueeze(1)
+        upto = filled.cumsum(1)
+        made = upto[:, -1:]
+        slot = torch.arange(filled.shape[1], device=filled.device)
+        # Filled slots take the next places in order; the others write back what comes after.
+        order = torch.where(filled, upto - 1, made + slot - upto)
+        places = (written.unsqueeze(1) + order) % self.rank
+        new = filled & accept
+        weights.copy_(torch.where(accept, weights * self.momentum, weights))
+        # Without a vector there is no slot that takes this weight.
+        fresh = (1.0 - self.momentum) / made.to(weights.dtype)
+        weights.scatter_(1, places, torch.where(new, fresh, weights.gather(1, places)))
+        written += new.sum(1)
+        return places, new
 
-    def prepare(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """Whitened vectors ``U = K^-1 diag(s) V`` of each side, a bias's ones a column of ``V``.
+    # --------------------------------------------------------------------------------- prepare
 
-        Args:
-            state: The windows.
-            shape: Of the batch of layers.
+    def prepare(self, state: State, shape: GroupShape) -> State:
+        """Whitened vectors ``U [B, r, d]`` of each side, and ``usable [B]``: whether finite."""
+        return next(self.prepare_all(alone(state, shape), [0]))
 
-        Returns:
-            ``left [B, r, d_out]``, ``right [B, r, d_in]``, for a bias ``bias [B, r]``, and unless
-            all are known to be finite ``usable [B]``: whether they are; where not, they are 0.
-        """
-        return next(self.prepare_all([(state, shape)]))
+    def prepare_all(self, factors: Factors, wanted: Sequence[int]) -> Iterator[State]:
+        """:meth:`prepare` of the wanted groups; the ``r x r`` problems of all are one batch."""
+        sides, sizes = factors.shapes[0].sides, factors.sizes
+        A = self._whitening(factors, wanted, sides)
+        usable = (A.sum((2, 3)).abs() < math.inf).all(0)
+        good, damaged = usable.split(sizes), (~usable).view(-1, 1, 1).split(sizes)
+        cut = [matrices.split(sizes) for matrices in A.unbind()]
+        for i in wanted:
+            # A damaged window must not reach the gradient; 0 times NaN would.
+            U = {
+                side: _whiten(each[i], factors.groups[i], factors.shapes[i], side)
+                for side, each in zip(sides, cut, strict=True)
+            }
+            for vectors in U.values():
+                vectors.masked_fill_(damaged[i], 0.0)
+            yield {**U, "usable": good[i]}
 
-    def prepare_all(
-        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
-    ) -> Iterator[dict[str, Tensor]]:
-        """:meth:`prepare` for batches of several shapes; their ``r x r`` problems are one batch.
-
-        Args:
-            pairs: Each batch's windows and shape.
-
-        Yields:
-            What :meth:`prepare` returns.
-        """
-        stretch: list[tuple[dict[str, Tensor], BatchShape]] = []
-        entries = 0
-        for state, shape in pairs:
-            size = len(state["updates"]) * len(shape.sides) * self.rank**2
-            if stretch and entries + size > TOGETHER:
-                yield from self._prepare_stretch(stretch)
-                stretch, entries = [], 0
-            stretch.append((state, shape))
-            entries += size
-        if stretch:
-            yield from self._prepare_stretch(stretch)
-
-    def _prepare_stretch(
-        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
-    ) -> Iterator[dict[str, Tensor]]:
-        roots = self._roots(pairs)
-        for state, shape in pairs:
-            yield self._whiten(state, shape, {side: next(roots) for side in shape.sides})
-
-    def _roots(
-        self, pairs: Sequence[tuple[dict[str, Tensor], BatchShape]]
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """``A`` of each side of each batch (:func:`mkor.linalg.whitening_root`), and its bias's."""
-        each = [(state, shape, side) for state, shape in pairs for side in shape.sides]
-        ones = [shape.bias and side == "right" for _, shape, side in each]
+    def _whitening(self, factors: Factors, wanted: Sequence[int], sides: Sequence[str]) -> Tensor:
+        """``A [S, N, r, r]`` of :func:`mkor.linalg.whitening_matrix`, for all sides at once."""
+        joined = factors.joined
+        weights = joined["weights"]
+        gram = weights.new_zeros(len(sides), *weights.shape, self.rank)
+        for side, grams in zip(sides, gram.unbind(), strict=True):
+            products = grams.split(factors.sizes)
+            for i in wanted:
+                V = factors.groups[i][f"{side}_rows"].to(gram.dtype)
+                torch.bmm(V, V.mT, out=products[i])
+            scale = joined.get(f"{side}_scale")
+            if scale is not None:
+                grams *= scale.unsqueeze(1) * scale.unsqueeze(2)
+            for i in wanted:
+                if factors.shapes[i].bias and side == "right":
+                    products[i].add_(1.0)
         # Weights and mean squares are averages over the same updates: their corrections cancel.
-        figures = [
-            (state[f"{side}_gram"], state["weights"], state[f"{side}_mean_square"])
-            for state, _, side in each
-        ]
-        roots = linalg.whitening_roots(figures, ones, self.damping)
-        for (state, _, side), one, A in zip(each, ones, roots, strict=True):
-            u = A.sum(-1) if one else None
-            scale = state.get(f"{side}_scale")
-            yield A if scale is None else A * scale.unsqueeze(-2), u
+        squares = torch.stack([joined[f"{side}_mean_square"] for side in sides])
+        return linalg.whitening_matrix(gram, weights, self.damping * squares)
 
-    def _whiten(
-        self,
-        state: dict[str, Tensor],
-        shape: BatchShape,
-        roots: dict[str, tuple[Tensor, Tensor | None]],
-    ) -> dict[str, Tensor]:
-        """What :meth:`prepare` returns, from what :meth:`_roots` yields."""
-        U = {
-            side: torch.bmm(A, state[f"{side}_rows"].to(A.dtype)) for side, (A, _) in roots.items()
-        }
-        finite = linalg.all_finite(*U.values())
-        usable = None if finite else torch.stack([rows.sum((1, 2)) for rows in U.values()]).sum(0)
-        u = roots["right"][1] if "right" in roots else None
-        if u is not None:
-            U["bias"] = u
-        if usable is None:
-            return U
-        usable = usable.abs() < math.inf
-        # A damaged window must not reach the gradient; 0 times NaN would.
-        U = {key: linalg.where(usable, rows, 0.0) for key, rows in U.items()}
-        return {**U, "usable": usable}
+    # ----------------------------------------------------------------------------------- apply
 
-    def apply(self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, ok: Tensor) -> Tensor:
-        """``(I - U_L^T U_L) [W b] (I - U_R^T U_R)``, in place.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, d_out, d_in]``, the weight's gradient.
-            b: ``[B, d_out]``, the bias's gradient, or None.
-            ok: ``[B]`` bool, layers whose gradient has a finite norm; others stay as they are.
-
-        Returns:
-            ``ok`` less the layers whose window is not finite.
-        """
+    def apply(self, prepared: State, M: Tensor, ok: Tensor) -> Tensor:
+        """``(I - U_L^T U_L) M (I - U_R^T U_R)`` in place, ``4 r d_out d_in`` operations a side."""
         # Every |U| is at most 1: of finite norms come finite products.
-        if "usable" in prepared:
-            ok = ok & prepared["usable"]
-        only = None if linalg.all_hold(ok) else ok
-        left, right, u = (prepared.get(key) for key in ("left", "right", "bias"))
-        if left is not None and right is not None:
-            linalg.subtract_both(left, right, u, W, b, only)
-        elif left is not None:
-            linalg.subtract_left(left, W, b, only)
-        elif right is not None:
-            linalg.subtract_right(right, u, W, b, only)
+        ok = ok & prepared["usable"]
+        where = linalg.per_layer(ok, M)
+        if "left" in prepared:
+            _apply_left(prepared["left"], M, where)
+        if "right" in prepared:
+            _apply_right(prepared["right"], M, where)
         return ok
 
-    def project(
-        self, prepared: dict[str, Tensor], W: Tensor, b: Tensor | None, block: Block
+    def shard_products(self, prepared: State, M: Tensor, block: Block, shape: GroupShape) -> Tensor:
+        """``U_L M`` where rows are cut; where columns are, ``M U_R^T`` and the bias's gradient."""
+        parts = [M.new_empty(len(M), 0)]
+        if block.cut == "rows" and "left" in prepared:
+            parts.append(linalg.left_products(prepared["left"][..., block.rows], M))
+        if block.cut == "columns" and "right" in prepared:
+            parts.append(linalg.right_products(own_part(prepared["right"], block, shape), M))
+        if block.cut == "columns" and shape.bias:
+            parts.append(M[..., -1])
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def apply_shard(
+        self, prepared: State, M: Tensor, total: Tensor, ok: Tensor, block: Block, shape: GroupShape
     ) -> Tensor:
-        """``U_L [W b]`` where rows are cut, ``[W b] [U_R u]^T`` where columns are.
+        """:meth:`apply` for a block: the factor across the cut by sums, the other one here."""
+        ok = ok & prepared["usable"]
+        left, right = prepared.get("left"), prepared.get("right")
+        total, where = linalg.where(ok, total, 0.0), linalg.per_layer(ok, M)
+        if block.cut == "rows":
+            if left is not None:
+                X = total.unflatten(1, (self.rank, shape.columns))
+                linalg.remove_left(left[..., block.rows], X, M)
+            if right is not None:
+                _apply_right(right, M, where)
+            return ok
+        if shape.bias:
+            # All of it is here now, and treated like a column of the block.
+            M[..., -1] = linalg.where(ok, total[:, -shape.d_out :], M[..., -1])
+        if right is not None:
+            Y = total[:, : shape.d_out * self.rank].unflatten(1, (shape.d_out, self.rank))
+            linalg.remove_right(own_part(right, block, shape), Y, M)
+        if left is not None:
+            _apply_left(left, M, where)
+        return ok
 
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, rows, columns]``, the block of the weight's gradient.
-            b: ``[B, bias]``, that of the bias's gradient, or None.
-            block: Which part of the layers they are.
+    # -------------------------------------------------------------------------------- describe
 
-        Returns:
-            ``[B, n]``, to be summed over the blocks.
-        """
-        return project_window(prepared, W, b, block)
+    def describe(self, shape: GroupShape) -> tuple[int, int]:
+        """The rank, and ``4 r d_out d_in`` operations per side."""
+        return self.rank, 4 * self.rank * shape.d_out * shape.columns * len(shape.sides)
 
-    def complete(
-        self,
-        prepared: dict[str, Tensor],
-        W: Tensor,
-        b: Tensor | None,
-        projected: Tensor,
-        ok: Tensor,
-        block: Block,
-    ) -> Tensor:
-        """The block of what :meth:`apply` makes of the whole, in place.
-
-        Args:
-            prepared: Rows of what :meth:`prepare` returned.
-            W: ``[B, rows, columns]``.
-            b: ``[B, bias]``, or None.
-            projected: ``[B, n]``, summed over the blocks.
-            ok: ``[B]`` bool; other layers stay as they are.
-            block: Which part of the layers they are.
-
-        Returns:
-            ``ok`` less the layers whose window or products are not finite.
-        """
-        return complete_window(prepared, W, b, projected, ok, block)
-
-    def figures(self, state: dict[str, Tensor], shape: BatchShape) -> dict[str, Tensor]:
-        """Damping and effective rank of each side.
+    def diagnostics(self, state: State, shape: GroupShape) -> State:
+        """``{side}_lambda`` and ``{side}_effective_rank``.
 
         The effective rank ``||U||_F^2 = sum_i mu_i / (mu_i + lambda)`` counts the directions in
         which the window's eigenvalues ``mu_i`` outweigh the damping.
-
-        Args:
-            state: The windows.
-            shape: Of the batch of layers.
-
-        Returns:
-            ``{side}_lambda`` and ``{side}_effective_rank``, each ``[B]``.
         """
         prepared = self.prepare(state, shape)
         figures = {}
         for side in shape.sides:
-            rank = prepared[side].square().sum((1, 2))
-            if side == "right" and "bias" in prepared:
-                rank = rank + prepared["bias"].square().sum(1)
-            figures[f"{side}_lambda"] = self._damping(state, side)
-            figures[f"{side}_effective_rank"] = rank
+            average = state[f"{side}_mean_square"]
+            steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
+            figures[f"{side}_lambda"] = self.damping * average / steps
+            figures[f"{side}_effective_rank"] = prepared[side].square().sum((1, 2))
         return figures
 
-    def kept(self, shape: BatchShape) -> int:
-        """Vectors kept per side.
 
-        Args:
-            shape: Of the batch of layers; any.
+def _push(
+    state: State, side: str, arrived: Tensor, places: Tensor, numbers: Tensor, new: Tensor
+) -> None:
+    """Put vectors ``[B, k, d]`` into a side's ring.
 
-        Returns:
-            The rank.
-        """
-        return self.rank
+    ``places [B, k]`` says where in its layer's ring each goes, ``numbers [B k]`` the same counted
+    through all rings, ``new [B k, 1]`` whether it does.
+    """
+    ring, scale = state[f"{side}_rows"], state.get(f"{side}_scale")
+    if scale is not None:
+        largest = arrived.abs().amax(-1)
+        largest = torch.where(largest > 0, largest, 1.0)
+        known = scale.gather(1, places)
+        scale.scatter_(1, places, torch.where(new.view_as(places), largest, known))
+        arrived = arrived / largest.unsqueeze(-1)
+    rows = ring.view(-1, ring.shape[-1])
+    arrived = arrived.to(ring.dtype).flatten(0, 1)
+    old = rows.index_select(0, numbers)
+    rows.index_copy_(0, numbers, torch.where(new, arrived, old))
 
-    def cost(self, shape: BatchShape) -> int:
-        """Operations of preconditioning one layer: ``4 r d_out d_in`` per side.
 
-        Args:
-            shape: Of the batch of layers.
+def _whiten(A: Tensor, state: State, shape: GroupShape, side: str) -> Tensor:
+    """``U = A V [B, r, d]``; a bias's ones are a column of ``V``."""
+    V, scale = state[f"{side}_rows"].to(A.dtype), state.get(f"{side}_scale")
+    U = linalg.aligned(*A.shape[:2], shape.full_width(side), like=A)
+    torch.bmm(A if scale is None else A * scale.unsqueeze(1), V, out=U[..., : V.shape[-1]])
+    if U.shape[-1] > V.shape[-1]:
+        U[..., -1] = A.sum(-1)
+    return U
 
-        Returns:
-            The number of floating-point operations.
-        """
-        return 4 * self.rank * shape.d_out * (shape.d_in + shape.bias) * len(shape.sides)
 
-    def _damping(self, state: dict[str, Tensor], side: str) -> Tensor:
-        average = state[f"{side}_mean_square"]
-        steps = linalg.bias_correction(state["updates"], self.momentum, average.dtype)
-        return self.damping * average / steps
+def _apply_left(U: Tensor, M: Tensor, ok: Tensor) -> None:
+    """``(I - U^T U) M`` in place where ``ok [B, 1, 1]``."""
+    linalg.remove_left(U, torch.where(ok, linalg.left_products(U, M), 0.0), M)
+
+
+def _apply_right(U: Tensor, M: Tensor, ok: Tensor) -> None:
+    """``M (I - U^T U)`` in place where ``ok [B, 1, 1]``."""
+    linalg.remove_right(U, torch.where(ok, linalg.right_products(U, M), 0.0), M)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mkor.hybrid import LossRateSwitch
-from mkor.preconditioned import Preconditioned
+from mkor.wrapper import Preconditioned
 
 __all__ = ["MKORCallback", "OptimizerFactory", "optimizer_factory"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from mkor.preconditioned import Preconditioned
+from mkor.wrapper import Preconditioned
 
 __all__ = ["MKORCallback"]
 

@@ -1,1 +1,1 @@
-"""Kinds of layers: which rows a call of each has, and their sums."""
+"""Layers as matrices: which modules have any, which rows a call has, and their sums."""

@@ -1,1 +1,1 @@
-"""What a step does with what was captured: learn, precondition, write back."""
+"""What a step does with the sums: means, factors, preconditioned gradients."""

@@ -1,1 +1,0 @@
-"""Everything that passes between processes; the only importers of ``torch.distributed``."""

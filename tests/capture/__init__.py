@@ -1,0 +1,1 @@
+"""What the hooks see of a model."""

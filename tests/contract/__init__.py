@@ -1,0 +1,1 @@
+"""What every optimizer of the package promises."""

@@ -1,0 +1,1 @@
+"""Frameworks, examples and optional packages."""

@@ -1,0 +1,1 @@
+"""The mathematics once more, from the papers: float64, dense, naive, nothing of mkor."""
