@@ -221,7 +221,7 @@ def scheduled():
     """Rows of each kind take schedulers in turn: every kind meets each of them, in either way."""
     for wrap in dict.fromkeys(row.wrap for row in ROWS.values()):
         rows = [name for name, row in ROWS.items() if row.wrap is wrap]
-        turns = min(3, len(rows) // 2)
+        turns = max(1, min(3, len(rows) // 2))
         for (i, row), (j, name) in itertools.product(enumerate(rows), enumerate(SCHEDULERS)):
             if (i + j) % turns == 0:
                 yield row, name, "before" if (i // turns + j) % 2 else "after"

@@ -15,6 +15,7 @@ from support.alike import assert_effective, assert_equal, assert_in_step
 from support.launches import launches_of
 from support.nets import Apart, Attention, Columns, ConvNet, Small, Tokens, TwoDtypes
 from support.parallel import DENSE, EVERY, F32, LONG, WHOLE, Case, base_of, reference, train
+from support.toy import toy
 
 SWITCH = mkor.LossRateSwitch(fraction=0.9, smoothing=0.5, patience=0.0, warmup=3, every=2)
 CHUNKS = {"rank": 6, "vectors": 2, "rows": 4, "momentum": 0.9}
@@ -23,6 +24,7 @@ LAYERS = {"children": True}
 SWAPPED = {"order": "MKOR first"}
 
 
+TOY = {"skip_output": False}
 EXACT = {
     "linear, float32": Case(dtype=F32, steps=LONG),
     "linear": Case(setup=LAYERS, steps=LONG),
@@ -89,6 +91,8 @@ EXACT = {
         wrap=mkor.Eva,
         options=EVERY | {"damping": 1e-4, "kl_clip": None, "rescale": "running"},
     ),
+    "own curvature": Case(wrap=toy, options=TOY, every="uneven"),
+    "own curvature, columns": Case(Small, wrap=toy, options=TOY, setup={"columns": True}),
     "hybrid": Case(options=WHOLE | {"hybrid": SWITCH}, steps=LONG),
     "overflow on one process": Case(dtype=F32, bad=3, spoilt=1e30),
     "NaN, skipped": Case(options=WHOLE | {"nonfinite": "skip"}, every="uneven", bad=3),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import mkor
+from support.toy import toy
 
 PREFIX = "mkor_"
 """Names of the wrapper's own entries in ``optimizer.state`` begin with it."""
@@ -117,6 +118,7 @@ ROWS = {f"mkor+{name}": windows(name) for name in BASES} | {
     ),
     "eva+adamw": eva("adamw"),
     "eva-h[step]+sgd": eva("sgd", kl_clip=None, rescale="step", hybrid=SWITCH),
+    "toy+sgd-momentum": Row(toy, BASES["sgd-momentum"], {}),
 }
 
 

@@ -119,7 +119,7 @@ class Window(Curvature):
             zip(
                 places.split(sizes),
                 numbers.split([k * size for size in sizes]),
-                new.view(-1, 1).split([k * size for size in sizes]),
+                new.reshape(-1, 1).split([k * size for size in sizes]),
                 strict=True,
             )
         )
